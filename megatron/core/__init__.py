@@ -1,0 +1,1 @@
+"""Building blocks: configuration, model, data, optimizers, checkpoints. Never imports `megatron.training`."""

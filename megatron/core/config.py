@@ -1,0 +1,359 @@
+"""Configuration dataclasses: the single truth behind the command-line flags.
+
+Each field is one flag in Megatron-LM's spelling (`hidden_size` is `--hidden-size`); the string under a
+field is its `--help` text. `None` means "derive it", and `__post_init__` derives what can be derived from
+the same dataclass and refuses what cannot work. Nothing here imports torch, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron.core.errors import UserError
+
+
+def option(
+    default: Any = None, *, aliases: tuple[str, ...] = (), negative: str | None = None, factory: Any = None
+) -> Any:
+    """A config field that has more spellings than its own name.
+
+    Args:
+        default: Default value; ignored when `factory` is given.
+        aliases: Further flags that set the same field, e.g. `("--seq-length",)`.
+        negative: For booleans, the flag that sets False; `--no-<name>` when not given.
+        factory: Default factory for mutable defaults.
+    """
+    metadata = {"aliases": aliases, "negative": negative}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def flag_name(field_name: str) -> str:
+    """`hidden_size` -> `--hidden-size`."""
+    return "--" + field_name.replace("_", "-")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise `UserError` for the first named field that is set but not greater than zero."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise UserError(f"{flag_name(name)} is {value}; it must be greater than 0")
+
+
+def require_in_unit_interval(config: Any, *names: str) -> None:
+    """Raise `UserError` for the first named field outside [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0.0 <= value < 1.0:
+            raise UserError(f"{flag_name(name)} is {value}; it must be at least 0 and less than 1")
+
+
+PositionEmbedding = Literal["relative", "learned_absolute", "rope", "none"]
+Activation = Literal["relu", "gelu", "gated-gelu", "gated-silu"]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Architecture of the encoder-decoder: everything that decides shapes or the function computed."""
+
+    encoder_num_layers: int | None = option(aliases=("--num-layers",))
+    """Transformer layers of the encoder."""
+    decoder_num_layers: int | None = None
+    """Transformer layers of the decoder. Default: as many as the encoder has."""
+    hidden_size: int | None = None
+    """Width of the residual stream (d_model)."""
+    num_attention_heads: int | None = None
+    """Attention heads of each layer."""
+    kv_channels: int | None = None
+    """Width of one head (d_kv). Heads x width need not equal the hidden size. Default: hidden size / heads."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the feed-forward block (d_ff). Default: 4 x hidden size, or 8/3 x rounded up to 64 when gated."""
+    activation_function: Activation = "gated-gelu"
+    """Feed-forward activation; the gated ones have two input projections. gelu is the tanh form, as in T5."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Normalisation before each sub-layer and at the end of each stack."""
+    norm_epsilon: float = option(1e-6, aliases=("--layernorm-epsilon",))
+    """Added to the variance inside the normalisation."""
+    add_bias_linear: bool = option(False, negative="--disable-bias-linear")
+    """Give linear layers a bias (T5 has none)."""
+    share_embeddings_and_output_weights: bool = option(False, negative="--untie-embeddings-and-output-weights")
+    """Use the word embedding as output projection too (T5 v1.0)."""
+    scale_logits: bool | None = None
+    """Multiply the decoder output by hidden_size**-0.5 before the head. Default: only when the head is tied, as T5."""
+    position_embedding_type: PositionEmbedding = "relative"
+    """Position information: T5's relative bias, learned absolute, rotary (self-attention), or none."""
+    relative_attention_num_buckets: int = 32
+    """Buckets of the relative position bias."""
+    relative_attention_max_distance: int = 128
+    """Distance from which all relative positions share the last bucket."""
+    max_position_embeddings: int = 512
+    """Rows of the learned absolute position table; no effect with the other position types."""
+    rotary_base: int = 10000
+    """Base of the rotary frequencies."""
+    rotary_percent: float = 1.0
+    """Share of each head's width that is rotated."""
+    scale_attention_scores: bool = False
+    """Divide attention scores by sqrt(kv_channels); T5 does not."""
+    hidden_dropout: float = 0.0
+    """Dropout after embeddings, sub-layers, the feed-forward activation and the final norms (0 in T5 v1.1 pretraining)."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities."""
+    init_method_std: float | None = None
+    """Draw every matrix from N(0, std), residual outputs from N(0, std / sqrt(2 layers)). Default: T5X's initialisation."""
+    vocab_size: int | None = None
+    """Ids the tokenizer uses, sentinels included. Default: taken from the tokenizer."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding and the head get rows up to the next multiple of this."""
+
+    def __post_init__(self) -> None:
+        for name in ("encoder_num_layers", "hidden_size", "num_attention_heads"):
+            if getattr(self, name) is None:
+                raise UserError(f"{flag_name(name)} is missing; give it, or choose a model with --preset")
+        if self.decoder_num_layers is None:
+            self.decoder_num_layers = self.encoder_num_layers
+        require_positive(
+            self, "encoder_num_layers", "decoder_num_layers", "hidden_size", "num_attention_heads", "kv_channels",
+            "ffn_hidden_size", "norm_epsilon", "relative_attention_num_buckets", "relative_attention_max_distance",
+            "max_position_embeddings", "vocab_size", "make_vocab_size_divisible_by", "init_method_std", "rotary_base",
+        )  # fmt: skip
+        require_in_unit_interval(self, "hidden_dropout", "attention_dropout")
+        self._derive_widths()
+        self._validate_positions()
+        if self.scale_logits is None:
+            self.scale_logits = self.share_embeddings_and_output_weights
+
+    def _derive_widths(self) -> None:
+        if self.kv_channels is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise UserError(
+                    f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads "
+                    f"{self.num_attention_heads}; give the width of a head with --kv-channels"
+                )
+            self.kv_channels = self.hidden_size // self.num_attention_heads
+        if self.ffn_hidden_size is None:
+            if self.gated:
+                self.ffn_hidden_size = -(-(8 * self.hidden_size // 3) // 64) * 64
+            else:
+                self.ffn_hidden_size = 4 * self.hidden_size
+
+    def _validate_positions(self) -> None:
+        if self.position_embedding_type == "relative":
+            # The encoder halves the buckets by sign, and half of those are exact: fewer than 4 leaves none.
+            if self.relative_attention_num_buckets < 4 or self.relative_attention_num_buckets % 2:
+                raise UserError(
+                    f"--relative-attention-num-buckets is {self.relative_attention_num_buckets}; "
+                    "it must be even and at least 4"
+                )
+            if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
+                raise UserError(
+                    f"--relative-attention-max-distance is {self.relative_attention_max_distance}; it must be greater "
+                    f"than half of --relative-attention-num-buckets ({self.relative_attention_num_buckets // 2})"
+                )
+        if self.position_embedding_type == "rope":
+            rotated = int(self.kv_channels * self.rotary_percent)
+            if not 0.0 < self.rotary_percent <= 1.0 or rotated < 2 or rotated % 2:
+                raise UserError(
+                    f"--rotary-percent {self.rotary_percent} of --kv-channels {self.kv_channels} rotates {rotated} "
+                    "channels; the number must be even and at least 2"
+                )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward block has a gate and an up projection."""
+        return self.activation_function.startswith("gated-")
+
+    @property
+    def inner_size(self) -> int:
+        """Width of all heads together (may differ from the hidden size)."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head."""
+        if self.vocab_size is None:
+            raise UserError("--vocab-size is not known; give it, or a tokenizer to take it from")
+        multiple = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // multiple) * multiple
+
+
+@dataclass(kw_only=True)
+class ComputeConfig:
+    """How the model is computed; never changes what is computed beyond rounding."""
+
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights, gradients reductions and loss."""
+    fp16: bool = False
+    """Compute in float16. Not available: T5 overflows in float16; use --bf16."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Implementation of the layers."""
+    attention_backend: Literal["auto", "sdpa", "unfused"] = "auto"
+    """auto takes torch's scaled_dot_product_attention on GPUs and plain matrix products on CPUs, where they are faster."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute in the backward pass: whole layers (full) or the attention scores (selective)."""
+
+    def __post_init__(self) -> None:
+        if self.fp16:
+            raise UserError("--fp16 is not supported: T5's feed-forward output overflows float16; use --bf16")
+        if self.transformer_impl == "transformer_engine":
+            import importlib.util
+
+            if importlib.util.find_spec("transformer_engine") is None:
+                raise UserError(
+                    "--transformer-impl transformer_engine needs the package transformer-engine, which is not "
+                    "installed; install it or use --transformer-impl local"
+                )
+            raise UserError(
+                "--transformer-impl transformer_engine is not available in this version; use --transformer-impl local"
+            )
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """The layout of processes."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each layer. This version runs 1."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that split the stack of layers. This version runs 1."""
+    sequence_parallel: bool = False
+    """Split activations along the sequence over the tensor-parallel ranks. This version runs without."""
+    distributed_backend: Literal["nccl", "gloo"] | None = None
+    """Communication library. Default: nccl on GPUs, gloo on CPUs."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that takes longer than this ends the job."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "distributed_timeout_minutes")
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) != 1:
+                raise UserError(f"{flag_name(name)} is {getattr(self, name)}; this version supports 1 only")
+        if self.sequence_parallel:
+            raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1, which this version lacks")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Optimizer, learning-rate schedule and the regularisers of the loss."""
+
+    optimizer: Literal["adamw", "adamw-scale", "adafactor"] = "adamw-scale"
+    """adamw-scale multiplies AdamW's step by each matrix's RMS, which T5 needs to train from scratch; adafactor is T5X's."""
+    lr: float | None = None
+    """Peak learning rate. Default: 2e-2 for adamw-scale, 1e-2 for adafactor, 1e-4 for adamw."""
+    min_lr: float = 0.0
+    """The schedule never goes below this."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the schedule after the warmup."""
+    lr_decay_iters: int | None = None
+    """Iterations over which the rate decays. Default: the length of the run."""
+    lr_decay_samples: int | None = None
+    """Samples over which the rate decays (with --train-samples)."""
+    lr_warmup_iters: int | None = None
+    """Iterations of linear warmup."""
+    lr_warmup_samples: int | None = None
+    """Samples of linear warmup (with --train-samples)."""
+    lr_warmup_fraction: float | None = None
+    """Warmup as a share of the decay length. Default: 0.01 when no other warmup is given."""
+    lr_warmup_init: float = 0.0
+    """Learning rate at the start of the warmup."""
+    lr_wsd_decay_iters: int | None = None
+    """WSD: iterations of the final decay. Default: a tenth of the decay length."""
+    lr_wsd_decay_samples: int | None = None
+    """WSD: samples of the final decay (with --train-samples)."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "minus_sqrt"
+    """WSD: shape of the final decay."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices (adamw, adamw-scale); norms, biases and position tables have none."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float | None = None
+    """Added to the root of the second moment. Default: 1e-6 for adamw-scale, 1e-8 for adamw."""
+    adafactor_decay_rate: float = 0.8
+    """Adafactor: the second moment's decay at step t is 1 - t**-rate."""
+    clip_grad: float = 1.0
+    """Clip the global gradient norm to this; 0 leaves gradients as they are."""
+    z_loss_weight: float = 1e-4
+    """Weight of the squared log-partition function in the loss, as in T5X; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        defaults = {"adamw": (1e-4, 1e-8), "adamw-scale": (2e-2, 1e-6), "adafactor": (1e-2, None)}
+        default_lr, default_eps = defaults[self.optimizer]
+        self.lr = default_lr if self.lr is None else self.lr
+        self.adam_eps = default_eps if self.adam_eps is None else self.adam_eps
+        require_positive(self, "lr", "lr_decay_iters", "lr_decay_samples", "adam_eps", "adafactor_decay_rate")
+        require_in_unit_interval(self, "adam_beta1", "adam_beta2", "lr_warmup_fraction")
+        for name in ("min_lr", "lr_warmup_init", "weight_decay", "clip_grad", "z_loss_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{flag_name(name)} is {getattr(self, name)}; it must not be negative")
+        if self.min_lr > self.lr:
+            raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}; lower it")
+        if self.optimizer == "adafactor" and self.weight_decay:
+            raise UserError("--weight-decay has no effect with --optimizer adafactor; remove it or use adamw-scale")
+        warmups = [n for n in ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction") if getattr(self, n)]
+        if len(warmups) > 1:
+            raise UserError(f"{' and '.join(map(flag_name, warmups))} both set the warmup; give one of them")
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """Which tokenizer made the data. All of it is optional when the data carries a manifest."""
+
+    tokenizer_type: (
+        Literal[
+            "SentencePieceTokenizer", "HuggingFaceTokenizer", "BertWordPieceCase", "BertWordPieceLowerCase", "ByteTokenizer"
+        ]
+        | None
+    ) = None  # fmt: skip
+    """Kind of tokenizer. Default: the one that travels with the data, or told by the file's name."""
+    tokenizer_model: str | None = None
+    """SentencePiece model file or Hugging Face tokenizer.json (or the directory that holds it)."""
+    vocab_file: str | None = None
+    """WordPiece vocabulary, one token a line."""
+    vocab_extra_ids: int | None = None
+    """Sentinels to add for span corruption. Default: the tokenizer's own, else 100."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_extra_ids is not None and self.vocab_extra_ids < 0:
+            raise UserError(f"--vocab-extra-ids is {self.vocab_extra_ids}; it must not be negative")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The corpus and the objective."""
+
+    data_path: list[str] = option(factory=list)
+    """Prefix of an indexed dataset (<prefix>.bin and .idx, or <prefix>_text_document.bin and .idx)."""
+    split: str = "969,30,1"
+    """Shares of the documents for training, validation and test."""
+    objective: Literal["span-corruption"] = "span-corruption"
+    """Denoising objective."""
+    encoder_seq_length: int = option(512, aliases=("--seq-length",))
+    """Tokens of an encoder row."""
+    decoder_seq_length: int | None = None
+    """Upper bound on the tokens of a decoder row. Default: what the objective needs."""
+    noise_density: float = option(0.15, aliases=("--mask-prob",))
+    """Share of the raw tokens that is masked."""
+    mean_noise_span_length: float = 3.0
+    """Mean number of tokens in a masked span."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "encoder_seq_length", "decoder_seq_length", "mean_noise_span_length")
+        if not 0.0 < self.noise_density < 1.0:
+            raise UserError(f"--noise-density is {self.noise_density}; it must lie between 0 and 1")
+        self.split_weights()
+
+    def split_weights(self) -> tuple[float, float, float]:
+        """The three shares of `--split`, summing to 1."""
+        try:
+            parts = [float(part) for part in self.split.split(",")]
+        except ValueError:
+            parts = []
+        if not 1 <= len(parts) <= 3 or min(parts, default=-1) < 0 or sum(parts) <= 0:
+            raise UserError(f"--split is {self.split!r}; give up to three non-negative shares such as 969,30,1")
+        parts += [0.0] * (3 - len(parts))
+        total = sum(parts)
+        return parts[0] / total, parts[1] / total, parts[2] / total

@@ -1,0 +1,67 @@
+"""The layout of processes, passed explicitly to whatever needs it; there are no module globals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron.core.config import ParallelConfig
+from megatron.core.errors import UserError
+
+MESH_AXES = ("pp", "dp", "tp")  # outermost first: tensor-parallel neighbours are adjacent ranks, inside one node
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this process stands.
+
+    Attributes:
+        device: Device this process computes on.
+        world_size: Number of processes.
+        rank: This process, counted over all nodes.
+        mesh: Device mesh with the axes of `MESH_AXES`, or None when there is a single process, which then needs no
+            process group at all.
+    """
+
+    device: torch.device
+    world_size: int = 1
+    rank: int = 0
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def create(cls, config: ParallelConfig, device: torch.device) -> ParallelContext:
+        """Build the mesh over the initialised default process group (a single process needs none)."""
+        if not torch.distributed.is_initialized():
+            return cls(device=device)
+        world_size = torch.distributed.get_world_size()
+        model_parallel = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+        if world_size % model_parallel:
+            raise UserError(
+                f"{world_size} processes are not a multiple of --tensor-model-parallel-size x "
+                f"--pipeline-model-parallel-size = {model_parallel}"
+            )
+        shape = (config.pipeline_model_parallel_size, world_size // model_parallel, config.tensor_model_parallel_size)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
+        return cls(device=device, world_size=world_size, rank=torch.distributed.get_rank(), mesh=mesh)
+
+    @property
+    def dp_size(self) -> int:
+        """Number of data-parallel ranks."""
+        return 1 if self.mesh is None else self.mesh["dp"].size()
+
+    @property
+    def dp_rank(self) -> int:
+        """This process among the data-parallel ranks."""
+        return 0 if self.mesh is None else self.mesh["dp"].get_local_rank()
+
+    @property
+    def dp_group(self) -> torch.distributed.ProcessGroup | None:
+        """Process group of the data-parallel ranks, or None for a single process."""
+        return None if self.mesh is None else self.mesh["dp"].get_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
