@@ -1,0 +1,79 @@
+"""Cross-entropy over the vocabulary with the z-loss of T5X, one value a token.
+
+With `log_z = logsumexp(logits)`, the cross-entropy is `log_z - logits[label]` and the z-loss `weight * log_z**2`. Both
+are computed in fp32 (fp64 for fp64 logits) from the logits as they are, a few rows at a time, so that the only tensors
+of the logits' size are the logits and their gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+# Elements handled at once: large enough to fill a GPU, small beside the logits of a training batch.
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
+
+
+class TokenLoss(NamedTuple):
+    """Unreduced loss terms; the trainer divides their sum by the global number of target tokens.
+
+    Attributes:
+        cross_entropy: `[b, t]` in nats, fp32; 0 where the label is `IGNORED_LABEL`.
+        z_loss: `[b, t]`, fp32, weight included; 0 where the label is `IGNORED_LABEL`.
+    """
+
+    cross_entropy: Tensor
+    z_loss: Tensor
+
+
+def _row_chunks(logits: Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK_ELEMENTS.get(logits.device.type, 1 << 22) // logits.shape[1])
+    for start in range(0, logits.shape[0], rows):
+        yield slice(start, min(start + rows, logits.shape[0]))
+
+
+class _VocabCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, z_loss_weight: float) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        log_z = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+        for rows in _row_chunks(logits):
+            log_z[rows] = torch.logsumexp(logits[rows].to(dtype), dim=-1)
+        ignored = labels == IGNORED_LABEL
+        target = labels.masked_fill(ignored, 0).long()
+        label_logits = logits.gather(1, target[:, None]).squeeze(1).to(dtype)
+        ctx.save_for_backward(logits, target, ignored, log_z)
+        ctx.z_loss_weight = z_loss_weight
+        cross_entropy = (log_z - label_logits).masked_fill_(ignored, 0.0)
+        return cross_entropy, (z_loss_weight * log_z.square()).masked_fill_(ignored, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """d logits = softmax * (g_ce + 2 * weight * log_z * g_z) - onehot * g_ce; rows of ignored labels are 0."""
+        logits, target, ignored, log_z = ctx.saved_tensors
+        grad_cross_entropy, grad_z_loss = grads
+        grad_label = grad_cross_entropy.masked_fill(ignored, 0.0)
+        grad_log_z = (grad_label + 2.0 * ctx.z_loss_weight * log_z * grad_z_loss).masked_fill_(ignored, 0.0)
+        grad_logits = torch.empty_like(logits)
+        for rows in _row_chunks(logits):
+            softmax = (logits[rows] - log_z[rows, None]).exp_()  # fp32 by promotion
+            softmax.mul_(grad_log_z[rows, None])
+            softmax.scatter_add_(1, target[rows, None], -grad_label[rows, None])
+            grad_logits[rows] = softmax
+        return grad_logits, None, None
+
+
+def vocab_cross_entropy(logits: Tensor, labels: Tensor, z_loss_weight: float = 0.0) -> TokenLoss:
+    """Cross-entropy and z-loss of every token.
+
+    Args:
+        logits: `[b, t, vocab]`, any floating dtype.
+        labels: Integer ids `[b, t]`; `IGNORED_LABEL` leaves the token out of the loss and of the gradient.
+        z_loss_weight: Weight of the squared log-partition function.
+    """
+    cross_entropy, z_loss = _VocabCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), z_loss_weight)
+    return TokenLoss(cross_entropy.view(labels.shape), z_loss.view(labels.shape))

@@ -1,0 +1,147 @@
+"""Self-attention of the encoder, self-attention of the decoder, cross-attention.
+
+Shapes: b batch, s sequence (q of the queries, k of the keys where they differ), h hidden, n heads, d channels of a head.
+
+Fused projections keep the heads outermost in their rows, `(head, q|k|v, d)`, so that consecutive rows are whole heads
+and a split of dimension 0 gives each rank its heads.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.tensor_parallel import Linear
+from megatron.core.transformer.initialization import matrix_init, residual_output_init
+from megatron.core.transformer.rotary import RotaryAngles, apply_rotary
+
+# cuDNN's backward gives NaN gradients for unscaled scores with a bias at some lengths (pytorch issue 196678).
+CUDA_SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def unfused_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """Attention as matrix products: `query` `[b, n, q, d]`, `key`, `value` `[b, n, k, d]` to `[b, n, q, d]`.
+
+    torch's softmax accumulates in fp32 for bf16 scores, so no explicit cast is needed.
+    """
+    if scale != 1.0:
+        query = query * scale
+    scores = query @ key.transpose(-1, -2)  # [b, n, q, k]
+    if bias is not None:
+        scores += bias
+    probabilities = F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0.0)
+    return probabilities @ value
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """The same by torch's scaled_dot_product_attention."""
+    if query.is_cuda:
+        with sdpa_kernel(CUDA_SDPA_BACKENDS):
+            return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
+
+
+class Attention(nn.Module):
+    """What the three kinds of attention share: the attention itself and the output projection.
+
+    Args:
+        config: Sizes and options.
+        compute: Backend and recomputation.
+        num_layers: Layers of the stack this belongs to, for the initialisation of the output projection.
+    """
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, num_layers: int) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.head_dim = cast(int, config.kv_channels)
+        self.scale = self.head_dim**-0.5 if config.scale_attention_scores else 1.0
+        self.dropout = config.attention_dropout
+        self.backend = compute.attention_backend
+        self.recompute = compute.recompute_granularity == "selective"
+        self.o = Linear(
+            config.inner_size,
+            cast(int, config.hidden_size),
+            axes=("embed", "heads"),
+            init=residual_output_init(config, config.inner_size**-0.5, num_layers),
+            bias=config.add_bias_linear,
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """`query` `[b, q, n, d]`, `key`, `value` `[b, k, n, d]`, `bias` broadcast to `[b, n, q, k]`: `[b, q, h]`."""
+        unfused = self.backend == "unfused" or (self.backend == "auto" and not query.is_cuda)
+        attention = unfused_attention if unfused else sdpa_attention
+        dropout = self.dropout if self.training else 0.0
+        inputs = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, self.scale, dropout)
+        if self.recompute and torch.is_grad_enabled():
+            context = checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
+        else:
+            context = attention(*inputs)
+        return self.o(context.transpose(1, 2).flatten(2))  # [b, n, q, d] -> [b, q, n d] -> [b, q, h]
+
+
+def _projection(config: ModelConfig, names: tuple[str, ...]) -> Linear:
+    """Fused projection to the logical matrices `names`, rows `(head, name, d)`.
+
+    T5X folds the 1 / sqrt(d) of scaled attention into the initial query projection; when the scores are scaled
+    explicitly, the query starts like the others and the first scores are the same.
+    """
+    hidden, head_dim = cast(int, config.hidden_size), cast(int, config.kv_channels)
+    query_std = hidden**-0.5 if config.scale_attention_scores else (hidden * head_dim) ** -0.5
+    stds = {"q": query_std, "k": hidden**-0.5, "v": hidden**-0.5}
+    return Linear(
+        hidden,
+        len(names) * config.inner_size,
+        axes=("heads", "embed"),
+        init=matrix_init(config, *(stds[name] for name in names)),
+        matrices=names,
+        block=head_dim,
+        bias=config.add_bias_linear,
+    )
+
+
+class _SelfAttention(Attention):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, num_layers: int) -> None:
+        super().__init__(config, compute, num_layers)
+        self.qkv = _projection(config, ("q", "k", "v"))
+
+    def forward(self, hidden: Tensor, bias: Tensor | None, rotary: RotaryAngles | None) -> Tensor:
+        """`hidden` `[b, s, h]` to `[b, s, h]`; `bias` is added to the scores and carries every mask."""
+        fused = self.qkv(hidden).unflatten(-1, (self.num_heads, 3, self.head_dim))  # [b, s, n, 3, d]
+        query, key, value = fused.unbind(-2)
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        return self.attend(query, key, value, bias)
+
+
+class EncoderSelfAttention(_SelfAttention):
+    """Bidirectional self-attention; every token sees every token that the bias leaves visible."""
+
+
+class DecoderSelfAttention(_SelfAttention):
+    """Causal self-attention; the causal mask is part of the bias."""
+
+
+class CrossAttention(Attention):
+    """Attention of decoder positions to the encoder output; T5 gives it no position information."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, num_layers: int) -> None:
+        super().__init__(config, compute, num_layers)
+        self.q = _projection(config, ("q",))
+        self.kv = _projection(config, ("k", "v"))
+
+    def forward(self, hidden: Tensor, encoder_output: Tensor, bias: Tensor | None) -> Tensor:
+        """`hidden` `[b, t, h]` and `encoder_output` `[b, s, h]` to `[b, t, h]`."""
+        query = self.q(hidden).unflatten(-1, (self.num_heads, self.head_dim))  # [b, t, n, d]
+        fused = self.kv(encoder_output).unflatten(-1, (self.num_heads, 2, self.head_dim))  # [b, s, n, 2, d]
+        key, value = fused.unbind(-2)
+        return self.attend(query, key, value, bias)

@@ -1,0 +1,59 @@
+"""Masks of attention, as one additive bias for all layers of a stack.
+
+Shapes: b batch, n heads, q query length, k key length. Segment ids number the documents packed into a row from 1; 0 is
+padding. A query sees the keys of its own segment.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Finite, so that a row whose keys are all masked (padding) gives a uniform softmax and not NaN; T5X's value.
+MASKED_SCORE = -1e10
+
+
+def effective_segments(mask: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
+    """Segment ids with masked tokens counted as padding, or None when there are no segments."""
+    if segment_ids is None or mask is None:
+        return segment_ids
+    return segment_ids.masked_fill(~mask, 0)
+
+
+def visible_keys(
+    query_segments: Tensor | None, key_segments: Tensor | None, key_mask: Tensor | None = None
+) -> Tensor | None:
+    """Which keys a query may attend to: bool `[b, 1, q or 1, k]`, or None for all.
+
+    Args:
+        query_segments: `[b, q]`, or None.
+        key_segments: `[b, k]`; given exactly when `query_segments` is.
+        key_mask: bool `[b, k]`, True for real tokens; used when there are no segments.
+
+    Raises:
+        ValueError: Only one of the two sides has segments.
+    """
+    if (query_segments is None) != (key_segments is None):
+        raise ValueError("segment ids must be given for the encoder and the decoder, or for neither")
+    if query_segments is not None and key_segments is not None:
+        same = query_segments[:, None, :, None] == key_segments[:, None, None, :]
+        return same & (key_segments != 0)[:, None, None, :]
+    return None if key_mask is None else key_mask[:, None, None, :]
+
+
+def causal_bias(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Additive bias `[1, 1, length, length]` that hides the keys after each query."""
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(hidden, MASKED_SCORE)[None, None]
+
+
+def masked_bias(bias: Tensor | None, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`bias` `[1, 1 or n, q, k]` with `MASKED_SCORE` where `visible` `[b, 1, q or 1, k]` is False.
+
+    Without a mask the bias keeps its batch dimension of 1; without a bias the mask keeps its head dimension of 1.
+    """
+    if visible is None:
+        return bias
+    if bias is None:
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, MASKED_SCORE)
+    return bias.masked_fill(~visible, MASKED_SCORE)

@@ -1,0 +1,61 @@
+"""Feed-forward block: ReLU (T5 v1.0), GELU, or a gated unit (Shazeer 2020: GEGLU in T5 v1.1, SwiGLU in UL2)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.core.config import ModelConfig
+from megatron.core.tensor_parallel import Linear
+from megatron.core.transformer.initialization import matrix_init, residual_output_init
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """ReLU, GELU in its tanh form (as all of T5 has it) or SiLU, by the config's name, `gated-` or not."""
+    if name == "relu":
+        return F.relu(x)
+    return F.silu(x) if name == "gated-silu" else F.gelu(x, approximate="tanh")
+
+
+class MLP(nn.Module):
+    """`wo(act(wi x))`, or `wo(act(gate x) * up x)` with the rows of gate and up interleaved, `(unit, gate|up)`.
+
+    Args:
+        config: Sizes and options.
+        num_layers: Layers of the stack this belongs to, for the initialisation of the output projection.
+    """
+
+    def __init__(self, config: ModelConfig, num_layers: int) -> None:
+        super().__init__()
+        hidden, inner = cast(int, config.hidden_size), cast(int, config.ffn_hidden_size)
+        self.activation = config.activation_function
+        self.gated = config.gated
+        self.dropout = config.hidden_dropout
+        matrices = ("gate", "up") if self.gated else ("weight",)
+        self.wi = Linear(
+            hidden,
+            len(matrices) * inner,
+            axes=("mlp", "embed"),
+            init=matrix_init(config, *(hidden**-0.5 for _ in matrices), truncated=True),
+            matrices=matrices,
+            bias=config.add_bias_linear,
+        )
+        self.wo = Linear(
+            inner,
+            hidden,
+            axes=("embed", "mlp"),
+            init=residual_output_init(config, inner**-0.5, num_layers, truncated=True),
+            bias=config.add_bias_linear,
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[b, s, h]` to `[b, s, h]`."""
+        inner = self.wi(hidden)
+        if self.gated:
+            gate, up = inner.unflatten(-1, (-1, 2)).unbind(-1)  # [b, s, f] each
+            inner = activate(gate, self.activation) * up
+        else:
+            inner = activate(inner, self.activation)
+        return self.wo(F.dropout(inner, self.dropout, self.training))

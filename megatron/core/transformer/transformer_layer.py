@@ -1,0 +1,64 @@
+"""Encoder and decoder layer: pre-norm sub-layers, each added to the residual stream after dropout."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.transformer.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.norm import build_norm
+from megatron.core.transformer.rotary import RotaryAngles
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
+        super().__init__()
+        assert config.encoder_num_layers is not None
+        self.dropout = config.hidden_dropout
+        self.self_attention_norm = build_norm(config)
+        self.self_attention = EncoderSelfAttention(config, compute, config.encoder_num_layers)
+        self.mlp_norm = build_norm(config)
+        self.mlp = MLP(config, config.encoder_num_layers)
+
+    def forward(self, hidden: Tensor, bias: Tensor | None, rotary: RotaryAngles | None) -> Tensor:
+        """`hidden` `[b, s, h]` to `[b, s, h]`; `bias` broadcasts to `[b, n, s, s]`."""
+        attended = self.self_attention(self.self_attention_norm(hidden), bias, rotary)
+        hidden = hidden + F.dropout(attended, self.dropout, self.training)
+        return hidden + F.dropout(self.mlp(self.mlp_norm(hidden)), self.dropout, self.training)
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, cross-attention to the encoder output, feed-forward."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
+        super().__init__()
+        assert config.decoder_num_layers is not None
+        self.dropout = config.hidden_dropout
+        self.self_attention_norm = build_norm(config)
+        self.self_attention = DecoderSelfAttention(config, compute, config.decoder_num_layers)
+        self.cross_attention_norm = build_norm(config)
+        self.cross_attention = CrossAttention(config, compute, config.decoder_num_layers)
+        self.mlp_norm = build_norm(config)
+        self.mlp = MLP(config, config.decoder_num_layers)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        encoder_output: Tensor,
+        bias: Tensor | None,
+        cross_bias: Tensor | None,
+        rotary: RotaryAngles | None,
+    ) -> Tensor:
+        """`hidden` `[b, t, h]` and `encoder_output` `[b, s, h]` to `[b, t, h]`.
+
+        `bias` broadcasts to `[b, n, t, t]` and hides future keys, `cross_bias` to `[b, n, t, s]`.
+        """
+        attended = self.self_attention(self.self_attention_norm(hidden), bias, rotary)
+        hidden = hidden + F.dropout(attended, self.dropout, self.training)
+        attended = self.cross_attention(self.cross_attention_norm(hidden), encoder_output, cross_bias)
+        hidden = hidden + F.dropout(attended, self.dropout, self.training)
+        return hidden + F.dropout(self.mlp(self.mlp_norm(hidden)), self.dropout, self.training)
