@@ -1,0 +1,40 @@
+"""Publishing files so that a crash at any instant leaves the old file or the new one, never a part."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def partial_path(path: Path) -> Path:
+    """Where the content of `path` is written before it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames and removals in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write `content` to `path` and wait until it is on the disk; nothing is left there on an error."""
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def publish_bytes(path: Path, content: bytes) -> None:
+    """Write `content` under the name `path`: temporary file, fsync, rename, fsync of the directory."""
+    partial = partial_path(path)
+    write_durably(partial, content)
+    partial.replace(path)
+    fsync_directory(path.parent)
