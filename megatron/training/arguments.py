@@ -1,0 +1,323 @@
+"""Command-line flags, generated from the configuration dataclasses.
+
+Values come, in rising precedence, from the defaults, a `--preset`, a `--config` file and the flags; where each came
+from is remembered for `--print-config`. Exit codes: 1 for a value that cannot work, 2 for a flag that does not exist.
+Nothing here imports torch, so that `--help` and mistakes are answered quickly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+from megatron.core.config import flag_name
+from megatron.core.errors import UserError
+from megatron.core.models.T5.t5_presets import PRESETS
+from megatron.training.config import GROUPS, RunConfig
+from megatron.training.megatron_flags import MEGATRON_FLAGS, MEGATRON_VALUES, NoEffect, Refused, Translated
+
+EXIT_USER_ERROR = 1
+EXIT_FLAG_SYNTAX = 2
+
+
+@dataclass(frozen=True)
+class Option:
+    """One configuration field as a flag.
+
+    Attributes:
+        name: Field name.
+        group: Key of the dataclass in `GROUPS`.
+        type: `bool`, `int`, `float`, `str`, or `list` (of strings).
+        choices: Permitted values, or None.
+        aliases: Further spellings.
+        negative: Flag that sets a boolean to False.
+        default: Default value, for the help.
+        help: The field's docstring.
+    """
+
+    name: str
+    group: str
+    type: type
+    choices: tuple[str, ...] | None
+    aliases: tuple[str, ...]
+    negative: str | None
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class ParsedArguments:
+    """Result of `parse_args`.
+
+    Attributes:
+        config: The run's configuration.
+        sources: Where each field's value came from: `flag`, `config file`, `preset` or `default`.
+        warnings: One line for each flag that has no effect.
+    """
+
+    config: RunConfig
+    sources: dict[str, str]
+    warnings: list[str]
+
+
+def _field_docstrings(config_class: type) -> dict[str, str]:
+    """The string literal under each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            docs[statement.target.id] = following.value.value  # type: ignore[union-attr, attr-defined]
+    return docs
+
+
+def _scalar_type(annotation: Any) -> tuple[type, tuple[str, ...] | None]:
+    """Reduce `int | None`, `Literal[...]`, `list[str]` and the like to (type, choices)."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        (annotation,) = (arg for arg in typing.get_args(annotation) if arg is not type(None))
+    if typing.get_origin(annotation) is Literal:
+        return str, typing.get_args(annotation)
+    return typing.get_origin(annotation) or annotation, None
+
+
+def options() -> Iterator[Option]:
+    """Every field of every configuration dataclass."""
+    for group, config_class in GROUPS.items():
+        hints, docs = typing.get_type_hints(config_class), _field_docstrings(config_class)
+        for field in dataclasses.fields(config_class):
+            kind, choices = _scalar_type(hints[field.name])
+            negative = field.metadata.get("negative")
+            if kind is bool and negative is None:
+                negative = "--no-" + flag_name(field.name)[2:]
+            default = None if field.default is dataclasses.MISSING else field.default
+            aliases = field.metadata.get("aliases", ())
+            yield Option(field.name, group, kind, choices, aliases, negative, default, docs[field.name])
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_FLAG_SYNTAX, f"{self.prog}: {message}\n")
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Parser whose namespace holds only the flags that were given."""
+    parser = _Parser(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, description="Pretrain a T5 model.")
+    parser.add_argument("--preset", choices=sorted(PRESETS), metavar="NAME", help=f"published shape: {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flag names and values; flags on the command line win")
+    parser.add_argument("--print-config", action="store_true", help="print every value, where it came from, and exit")
+    groups: dict[str, Any] = {}
+    for option in options():
+        if option.group not in groups:
+            doc = (GROUPS[option.group].__doc__ or "").strip().split("\n")[0]
+            groups[option.group] = parser.add_argument_group(option.group, doc)
+        _add_option(groups[option.group], option)
+    for flag, meaning in MEGATRON_FLAGS.items():
+        values: dict[str, Any] = {"nargs": "*"} if isinstance(meaning, Refused) else {"action": "store_true"}
+        if isinstance(meaning, NoEffect) and meaning.values:
+            values = {"nargs": meaning.values}
+        parser.add_argument(flag, help=argparse.SUPPRESS, **values)
+    return parser
+
+
+def _add_option(group: Any, option: Option) -> None:
+    text = option.help.replace("%", "%%")
+    if option.default is not None and "Default:" not in text:
+        text += f" (default: {option.default})"
+    flags = (flag_name(option.name), *option.aliases)
+    if option.type is bool:
+        group.add_argument(*flags, action="store_true", dest=option.name, help=text)
+        group.add_argument(option.negative, action="store_false", dest=option.name, help="the opposite")
+    elif option.type is list:
+        group.add_argument(*flags, nargs="+", dest=option.name, help=text)
+    else:
+        metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.type.__name__.upper()
+        group.add_argument(*flags, dest=option.name, metavar=metavar, help=text)
+
+
+def _convert(option: Option, value: Any, origin: str) -> Any:
+    """Check and convert one value from a flag (text) or a config file (YAML scalar)."""
+    if value is None:
+        return None
+    if option.type is list:
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+    if option.type is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{origin} is {value!r}; it must be true or false")
+        return value
+    if option.choices:
+        renamed = MEGATRON_VALUES.get((option.name, str(value)), value)
+        if isinstance(renamed, Refused):
+            raise UserError(f"{origin} {value}: {renamed.reason}")
+        if renamed not in option.choices:
+            raise UserError(f"{origin} is {value!r}; choose from {', '.join(option.choices)}")
+        return renamed
+    if isinstance(value, bool) or isinstance(value, list | dict):
+        raise UserError(f"{origin} is {value!r}; it must be {_KIND[option.type]}")
+    try:
+        number = option.type(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{origin} is {value!r}; it must be {_KIND[option.type]}") from None
+    if option.type is int and isinstance(value, float) and value != number:
+        raise UserError(f"{origin} is {value!r}; it must be {_KIND[int]}")
+    if option.type is float and number != number:
+        raise UserError(f"{origin} is {value!r}; it must be a number")
+    return number
+
+
+_KIND = {int: "a whole number", float: "a number", str: "text"}
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _read_config_file(path: str, by_name: dict[str, Option]) -> dict[str, Any]:
+    """Field values of a YAML file: a flat mapping, or one level of the groups that --print-config prints."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give a readable YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path} is not YAML: {reason}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} holds {type(content).__name__}; it must map flag names to values")
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        entries = value if key in GROUPS and isinstance(value, dict) else {key: value}
+        flat.update({str(name).removeprefix("--").replace("-", "_"): item for name, item in entries.items()})
+    aliases = {a[2:].replace("-", "_"): o.name for o in by_name.values() for a in o.aliases}
+    values = {}
+    for key, value in flat.items():
+        name = aliases.get(key, key)
+        if name != "preset" and name not in by_name:
+            raise UserError(f"--config {path}: unknown name {key!r}{_nearest(name, [*by_name, *aliases])}")
+        values[name] = value if name == "preset" else _convert(by_name[name], value, f"{path}: {key}")
+    return values
+
+
+def _megatron_flags(given: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
+    """Take Megatron-LM's other flags out of `given`; return the fields they stand for."""
+    translated = {}
+    for flag, meaning in MEGATRON_FLAGS.items():
+        if given.pop(flag[2:].replace("-", "_"), None) is None:
+            continue
+        if isinstance(meaning, Refused):
+            raise UserError(f"{flag} is Megatron-LM's and does not work here: {meaning.reason}")
+        if isinstance(meaning, Translated):
+            translated[meaning.field] = meaning.value
+        else:
+            warnings.append(f"{flag} has no effect: {meaning.reason}")
+    return translated
+
+
+def _ineffective(config: RunConfig, sources: dict[str, str]) -> Iterator[str]:
+    """Warnings about fields that were set and change nothing under the other values."""
+    given = {name for name, source in sources.items() if source in ("flag", "config file")}
+    kind = config.model.position_embedding_type
+    only_with = {"max_position_embeddings": "learned_absolute", "rotary_base": "rope", "rotary_percent": "rope"}
+    only_with |= dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), "relative")
+    for name in sorted(given & set(only_with)):
+        if kind != only_with[name]:
+            yield f"{flag_name(name)} has no effect with --position-embedding-type {kind}"
+    optimizer = config.optimizer
+    if optimizer.optimizer == "adafactor":
+        for name in sorted(given & {"adam_beta1", "adam_beta2", "adam_eps"}):
+            yield f"{flag_name(name)} has no effect with --optimizer adafactor"
+    if optimizer.optimizer == "adamw-scale" and "optimizer" not in given and "lr" in given and optimizer.lr < 1e-3:  # type: ignore[operator]
+        yield (
+            f"--lr {optimizer.lr:g} is meant for plain Adam; the default --optimizer adamw-scale multiplies each step by "
+            "the weights' RMS and wants about 2e-2 (give --optimizer adam for Megatron-LM's behaviour)"
+        )
+
+
+def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ParsedArguments:
+    """Turn a command line into a configuration.
+
+    `--help` and `--print-config` print and exit with 0; a flag that does not exist exits with 2.
+
+    Raises:
+        UserError: A value cannot work.
+    """
+    parser = build_parser(prog)
+    argv = sys.argv[1:] if argv is None else argv
+    namespace, unknown = parser.parse_known_args(argv)
+    known_flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    for word in unknown:
+        flag = word.split("=")[0]
+        hint = _nearest(flag, known_flags) if flag.startswith("-") else "; values follow a flag"
+        parser.error(f"unknown argument {flag}{hint} (--help lists all)")
+    given = vars(namespace)
+    print_only, config_file = given.pop("print_config", False), given.pop("config", None)
+    by_name = {option.name: option for option in options()}
+    warnings: list[str] = []
+    translated = _megatron_flags(given, warnings)
+    from_file = _read_config_file(config_file, by_name) if config_file else {}
+    preset = given.pop("preset", from_file.pop("preset", None))
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"preset is {preset!r}; choose from {', '.join(PRESETS)}")
+    flags = {name: _convert(by_name[name], value, flag_name(name)) for name, value in given.items()}
+    layers: dict[str, dict[str, Any]] = {
+        "preset": dict(PRESETS[preset]) if preset else {},
+        "config file": from_file,
+        "flag": translated | flags,
+    }
+    config, sources = _assemble(layers, by_name)
+    warnings += _ineffective(config, sources)
+    if print_only:
+        print(format_config(config, sources))
+        parser.exit(0)
+    return ParsedArguments(config, sources, warnings)
+
+
+def _assemble(
+    layers: dict[str, dict[str, Any]], by_name: dict[str, Option]
+) -> tuple[RunConfig, dict[str, str]]:
+    """Merge the layers (later ones win) into a configuration; also tell each field's source."""
+    merged: dict[str, Any] = {}
+    sources = dict.fromkeys(by_name, "default")
+    for source, values in layers.items():
+        merged |= values
+        sources |= dict.fromkeys(values, source)
+    groups: dict[str, Any] = {}
+    for group, config_class in GROUPS.items():
+        groups[group] = config_class(**{n: v for n, v in merged.items() if by_name[n].group == group})
+    return RunConfig(**groups), sources
+
+
+def format_config(config: RunConfig, sources: dict[str, str]) -> str:
+    """The configuration as YAML that `--config` reads back, with the source of each value as a comment."""
+    lines = []
+    for group, values in config.to_dict().items():
+        lines.append(f"{group}:")
+        for name, value in values.items():
+            text = yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip()[1:-1]
+            lines.append(f"  {text:<48} # {sources[name]}")
+    return "\n".join(lines)
+
+
+def run_command_line(main: Callable[[], int | None], is_printing_process: bool = True) -> NoReturn:
+    """Run `main` as a program: a `UserError` becomes one line on stderr and exit status 1."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        if is_printing_process:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)

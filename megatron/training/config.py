@@ -1,0 +1,153 @@
+"""Configuration of a run: the core dataclasses together with the training loop's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.config import (
+    ComputeConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TokenizerConfig,
+    flag_name,
+    option,
+    require_positive,
+)
+from megatron.core.errors import UserError
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Length of the run, batch sizes and evaluation."""
+
+    micro_batch_size: int = 8
+    """Samples a process computes at once."""
+    global_batch_size: int | None = None
+    """Samples of a step, over all processes. Default: micro batch size x data-parallel size."""
+    train_iters: int | None = None
+    """Steps to train for. Default: one epoch of the data."""
+    train_samples: int | None = None
+    """Samples to train on, instead of --train-iters; schedules are then counted in samples."""
+    eval_interval: int = 1000
+    """Evaluate on the validation split every so many steps, and at the end."""
+    eval_iters: int = 100
+    """Global batches of an evaluation, always the same ones; 0 turns evaluation off."""
+    seed: int = 1234
+    """Decides initial weights, the order and corruption of samples, and dropout."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples", "eval_interval"
+        )  # fmt: skip
+        if self.eval_iters < 0:
+            raise UserError(f"--eval-iters is {self.eval_iters}; it must not be negative")
+        if self.train_iters is not None and self.train_samples is not None:
+            raise UserError("--train-iters and --train-samples both set the length of the run; give one of them")
+
+    def num_microbatches(self, dp_size: int) -> int:
+        """Microbatches of a step on each of `dp_size` data-parallel ranks."""
+        per_pass = self.micro_batch_size * dp_size
+        if self.global_batch_size is None:
+            return 1
+        if self.global_batch_size % per_pass:
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
+                f"{self.micro_batch_size} x {dp_size} data-parallel processes = {per_pass}"
+            )
+        return self.global_batch_size // per_pass
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Where and when to save, and what to start from."""
+
+    save: str | None = None
+    """Directory for checkpoints, metrics and the tokenizer; a run whose directory holds a checkpoint continues it."""
+    load: str | None = None
+    """Directory to continue from. Default: --save. Another directory than --save must hold a checkpoint."""
+    save_interval: int = 1000
+    """Save every so many steps, and at the end."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "save_interval")
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """What is reported, and where to."""
+
+    log_interval: int = 10
+    """Report every so many steps."""
+    metrics_file: str | None = None
+    """File for one JSON object a report. Default: metrics.jsonl in the --save directory."""
+    tensorboard_dir: str | None = None
+    """Directory for TensorBoard event files (needs the package tensorboard)."""
+    wandb_project: str | None = None
+    """Project to log to on Weights & Biases (needs the package wandb)."""
+    wandb_exp_name: str | None = None
+    """Name of the run on Weights & Biases."""
+    device_peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s, for model FLOPs utilisation. Default: known for common GPUs, else not reported."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "log_interval", "device_peak_tflops")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that defines a run. Travels in its checkpoints."""
+
+    model: ModelConfig
+    compute: ComputeConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+
+    def __post_init__(self) -> None:
+        model, data = self.model, self.data
+        if model.position_embedding_type == "learned_absolute":
+            for name in ("encoder_seq_length", "decoder_seq_length"):
+                length = getattr(data, name)
+                if length is not None and length > model.max_position_embeddings:
+                    raise UserError(
+                        f"{flag_name(name)} {length} is beyond the {model.max_position_embeddings} learned positions; "
+                        "raise --max-position-embeddings or use --position-embedding-type relative"
+                    )
+        if self.training.train_samples is None:
+            for name in ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"):
+                if getattr(self.optimizer, name) is not None:
+                    raise UserError(f"{flag_name(name)} needs --train-samples; use the form that counts iterations")
+        else:
+            for name in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"):
+                if getattr(self.optimizer, name) is not None:
+                    raise UserError(f"{flag_name(name)} does not go with --train-samples; use the form for samples")
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Nested plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, dict[str, Any]]) -> RunConfig:
+        """Inverse of `to_dict`."""
+        return cls(**{name: group(**values[name]) for name, group in GROUPS.items()})
+
+
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "compute": ComputeConfig,
+    "parallel": ParallelConfig,
+    "optimizer": OptimizerConfig,
+    "tokenizer": TokenizerConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+}

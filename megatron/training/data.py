@@ -1,0 +1,92 @@
+"""Opens the corpus of a run: indexed dataset, its tokenizer, and the datasets of the three splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.config import DataConfig, TokenizerConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset, resolve_prefix
+from megatron.core.datasets.t5_dataset import SpanCorruptionDataset, SpecialTokens, build_datasets
+from megatron.core.errors import UserError
+from megatron.core.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
+from megatron.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The corpus of a run.
+
+    Attributes:
+        indexed: The tokens on disk.
+        tokenizer: The tokenizer that made them.
+        special: Its special ids.
+        train: Dataset of the training split.
+        valid: Dataset of the validation split, or None when it has no window.
+        test: Dataset of the test split, or None when it has no window.
+        warnings: One line for each split that came out empty.
+    """
+
+    indexed: IndexedDataset
+    tokenizer: Tokenizer
+    special: SpecialTokens
+    train: SpanCorruptionDataset
+    valid: SpanCorruptionDataset | None
+    test: SpanCorruptionDataset | None
+    warnings: list[str]
+
+
+def _single_prefix(config: DataConfig) -> str:
+    if not config.data_path:
+        raise UserError("--data-path is missing; give the prefix of a dataset made by tools/preprocess_data.py")
+    if len(config.data_path) > 1:
+        raise UserError(f"--data-path has {len(config.data_path)} values; this version trains on one dataset")
+    return config.data_path[0]
+
+
+def resolve_tokenizer(indexed: IndexedDataset, config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of the flags, checked against the dataset's manifest, or the one that travels with the data."""
+    recorded = (indexed.manifest or {}).get("tokenizer")
+    if config.tokenizer_type or config.tokenizer_model or config.vocab_file:
+        tokenizer = build_tokenizer(config)
+        if recorded and recorded["fingerprint"] != tokenizer.fingerprint:
+            raise UserError(
+                f"the tokenizer of the flags ({tokenizer.type}, {tokenizer.vocab_size} ids, fingerprint "
+                f"{tokenizer.fingerprint[:12]}) is not the one that made {indexed.prefix} ({recorded['type']}, "
+                f"{recorded['vocab_size']} ids, fingerprint {recorded['fingerprint'][:12]}); leave the tokenizer flags "
+                "out, or preprocess the corpus again"
+            )
+        return tokenizer
+    if not recorded:
+        raise UserError(
+            f"{indexed.prefix} has no manifest that names its tokenizer; give --tokenizer-type and --tokenizer-model "
+            "(or --vocab-file)"
+        )
+    tokenizer = load_tokenizer(indexed.prefix.parent / indexed.manifest["tokenizer_directory"])  # type: ignore[index]
+    if config.vocab_extra_ids not in (None, len(tokenizer.sentinel_ids)):
+        raise UserError(
+            f"--vocab-extra-ids is {config.vocab_extra_ids}, but the tokenizer of {indexed.prefix} has "
+            f"{len(tokenizer.sentinel_ids)} sentinels; leave the flag out, or preprocess the corpus again"
+        )
+    return tokenizer
+
+
+def open_data(config: RunConfig) -> TrainingData:
+    """Open the corpus that the configuration names; constant in time and memory, whatever its size."""
+    indexed = IndexedDataset(resolve_prefix(_single_prefix(config.data)))
+    tokenizer = resolve_tokenizer(indexed, config.tokenizer)
+    special = SpecialTokens.from_tokenizer(tokenizer)
+    datasets = build_datasets(config.data, indexed, special, config.training.seed)
+    return TrainingData(
+        indexed, tokenizer, special, datasets.train, datasets.valid, datasets.test, datasets.warnings
+    )
+
+
+def fit_vocabulary(config: RunConfig, tokenizer: Tokenizer, given: bool) -> None:
+    """Give the model the tokenizer's vocabulary size, or check the one that was `given` explicitly."""
+    if not given:
+        config.model.vocab_size = tokenizer.vocab_size
+    elif config.model.vocab_size < tokenizer.vocab_size:  # type: ignore[operator]
+        raise UserError(
+            f"--vocab-size is {config.model.vocab_size}, but the tokenizer uses {tokenizer.vocab_size} ids; "
+            "raise it, or leave it out to follow the tokenizer"
+        )

@@ -1,0 +1,55 @@
+"""Process start-up: device, process group and context."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+
+from megatron.core.config import ParallelConfig
+from megatron.core.errors import UserError
+from megatron.core.parallel_state import ParallelContext
+
+
+def launched_by_torchrun() -> bool:
+    """Whether the environment describes a process group to join."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def choose_device() -> torch.device:
+    """The GPU of this local rank, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+@contextmanager
+def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
+    """Join the process group that torchrun describes, if any, and leave it at the end.
+
+    A process started without a launcher trains alone and needs no process group.
+    """
+    device = choose_device()
+    if not launched_by_torchrun():
+        yield ParallelContext(device=device)
+        return
+    backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
+    if backend == "nccl" and device.type != "cuda":
+        raise UserError("--distributed-backend nccl needs GPUs and there is none here; use gloo or leave it out")
+    torch.distributed.init_process_group(
+        backend,
+        timeout=timedelta(minutes=config.distributed_timeout_minutes),
+        device_id=device if backend == "nccl" else None,
+    )
+    try:
+        yield ParallelContext.create(config, device)
+        # A gloo rank that leaves while a peer still communicates aborts that peer. Only on the way out of a run that
+        # succeeded: after an error the others may never come.
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()

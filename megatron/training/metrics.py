@@ -1,0 +1,133 @@
+"""Rows of numbers about a run, and where they go: a JSON lines file, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megatron.core.errors import UserError
+from megatron.training.config import LoggingConfig
+
+# Dense bf16 peaks in TFLOP/s from the vendors' data sheets, by a part of torch's device name. A device that is not
+# here has no utilisation reported rather than a wrong one.
+PEAK_TFLOPS = {"A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0}
+
+
+def device_peak_tflops(device: torch.device, config: LoggingConfig) -> float | None:
+    """Peak of the device in TFLOP/s, or None when it is not known."""
+    if config.device_peak_tflops is not None:
+        return config.device_peak_tflops
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory of this process so far: allocated on the GPU, or resident on the host, in GiB (2**30 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
+
+
+class Sink(Protocol):
+    """Takes the rows of a run."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Take one row; `row["iteration"]` is its step."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+class JsonlSink:
+    """One JSON object a line.
+
+    Rows beyond the iteration a run continues from are dropped first: the continued run writes them again.
+    """
+
+    def __init__(self, path: Path, iteration: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._drop_rows_after(path, iteration)
+        self._file = path.open("a", encoding="utf-8")
+
+    @staticmethod
+    def _drop_rows_after(path: Path, iteration: int) -> None:
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                keep = json.loads(line)["iteration"] <= iteration
+            except (json.JSONDecodeError, KeyError, TypeError):
+                keep = False  # the last line of a run that was killed while writing it
+            if keep:
+                kept.append(line + "\n")
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append `row` and flush, so that a kill loses nothing that was reported."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, directory: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard-dir needs the package tensorboard; install it or leave the flag out") from None
+        self._writer = SummaryWriter(directory)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write every number of `row` at its iteration."""
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "iteration":
+                self._writer.add_scalar(key, value, row["iteration"])
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self._writer.close()
+
+
+class WandbSink:
+    """Scalars for Weights & Biases."""
+
+    def __init__(self, project: str, name: str | None, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb-project needs the package wandb; install it or leave the flag out") from None
+        self._run = wandb.init(project=project, name=name, config=config)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Log `row` at its iteration."""
+        self._run.log({k: v for k, v in row.items() if v is not None}, step=row["iteration"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def build_sinks(config: LoggingConfig, save: str | None, iteration: int, run_config: dict[str, Any]) -> list[Sink]:
+    """The sinks that the flags ask for."""
+    sinks: list[Sink] = []
+    if config.tensorboard_dir:
+        sinks.append(TensorBoardSink(config.tensorboard_dir))
+    if config.wandb_project:
+        sinks.append(WandbSink(config.wandb_project, config.wandb_exp_name, run_config))
+    if config.metrics_file or save:
+        sinks.append(JsonlSink(Path(config.metrics_file or f"{save}/metrics.jsonl"), iteration))
+    return sinks

@@ -1,0 +1,306 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.datasets.loader import T5Loader
+from megatron.core.distributed import clip_gradients, global_grad_norm, set_gradient_sync, shard_data_parallel
+from megatron.core.models.T5.t5_flops import training_flops_per_sequence
+from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.optimizer import LearningRateSchedule, build_optimizer
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import initialize_parameters
+from megatron.training.checkpointing import (
+    Progress,
+    checkpoint_to_resume,
+    mark_finished,
+    resume,
+    save_training_checkpoint,
+    training_tensors,
+)
+from megatron.training.config import RunConfig
+from megatron.training.console import format_duration, progress_line, say, warn
+from megatron.training.data import TrainingData, fit_vocabulary, open_data
+from megatron.training.evaluation import evaluate, special_token_mask
+from megatron.training.initialize import parallel_context
+from megatron.training.metrics import Sink, build_sinks, device_peak_tflops, peak_memory_gib
+
+
+def build_model(config: RunConfig, context: ParallelContext) -> T5Model:
+    """A sharded model with its initial values, which do not depend on the sharding."""
+    with torch.device("meta"):
+        model = T5Model(config.model, config.compute, z_loss_weight=config.optimizer.z_loss_weight)
+    shard_data_parallel(model, model.sharding_blocks(), context, config.compute)
+    model.to_empty(device=context.device)
+    initialize_parameters(model, config.training.seed)
+    return model
+
+
+def run_length(config: RunConfig, global_batch_size: int, windows_per_epoch: int) -> int:
+    """Steps of the run: as given, or one epoch of the data (at least one step)."""
+    if config.training.train_iters is not None:
+        return config.training.train_iters
+    if config.training.train_samples is not None:
+        return math.ceil(config.training.train_samples / global_batch_size)
+    return max(1, windows_per_epoch // global_batch_size)
+
+
+class Trainer:
+    """State and steps of one run."""
+
+    def __init__(self, config: RunConfig, data: TrainingData, context: ParallelContext) -> None:
+        self.config, self.data, self.context = config, data, context
+        training = config.training
+        self.num_microbatches = training.num_microbatches(context.dp_size)
+        self.global_batch_size = training.micro_batch_size * context.dp_size * self.num_microbatches
+        self.total_iterations = run_length(config, self.global_batch_size, data.train.windows_per_epoch)
+        by_samples = training.train_samples is not None
+        self.samples_per_lr_unit = 1 if by_samples else self.global_batch_size
+        self.schedule = LearningRateSchedule(
+            config.optimizer,
+            total=training.train_samples if by_samples else self.total_iterations,
+            unit="samples" if by_samples else "iterations",
+        )
+        self.model = build_model(config, context)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = build_optimizer(config.optimizer, self.model, context)
+        self.progress = Progress()
+        self.train_loader = self._loader(data.train)
+        self.flops_per_sample = training_flops_per_sequence(
+            config.model, data.train.encoder_length, data.train.decoder_length
+        )
+        self.peak_tflops = device_peak_tflops(context.device, config.logging)
+        self.sinks: list[Sink] = []
+        self.window = _Window(context.device)
+
+    def _loader(self, dataset: Any) -> T5Loader:
+        return T5Loader(
+            dataset,
+            micro_batch_size=self.config.training.micro_batch_size,
+            num_microbatches=self.num_microbatches,
+            dp_rank=self.context.dp_rank,
+            dp_size=self.context.dp_size,
+        )
+
+    def train_step(self) -> None:
+        """One optimizer step on the next global batch."""
+        start = time.perf_counter()
+        batches = [b.to(self.context.device) for b in self.train_loader.microbatches(self.progress.consumed_samples)]
+        self.window.data_wait_s += time.perf_counter() - start
+        num_targets = torch.stack([(b.labels >= 0).sum() for b in batches]).sum()
+        if self.context.dp_group is not None:
+            torch.distributed.all_reduce(num_targets, group=self.context.dp_group)
+        self._seed_dropout()
+        self.window.steps += 1
+        for number, batch in enumerate(batches):
+            set_gradient_sync(self.model, number == len(batches) - 1)
+            losses = self.model(batch.encoder_input_ids, batch.decoder_input_ids, batch.labels).loss
+            cross_entropy, z_loss = losses.cross_entropy.sum(), losses.z_loss.sum()
+            ((cross_entropy + z_loss) / num_targets).backward()
+            self.window.add_losses(cross_entropy.detach(), z_loss.detach(), batch.labels)
+        self._update()
+
+    def _update(self) -> None:
+        """Clip, step and advance. A step whose gradient is not finite changes nothing but the counts."""
+        norm = global_grad_norm(self.parameters, self.context)
+        self.window.grad_norm = norm.item()
+        self.window.learning_rate = self.schedule.lr(self._lr_position(self.progress.iteration + 1))
+        if math.isfinite(self.window.grad_norm):
+            if self.config.optimizer.clip_grad > 0:
+                clip_gradients(self.parameters, norm, self.config.optimizer.clip_grad)
+            self.optimizer.step(self.window.learning_rate)
+        else:
+            self.progress.skipped_iterations += 1
+            warn(f"step {self.progress.iteration + 1}: gradient norm is {norm.item()}, step skipped", self.context.is_main)
+        self.optimizer.zero_grad()
+        self.progress.iteration += 1
+        self.progress.consumed_samples += self.global_batch_size
+        self.progress.consumed_tokens += self.global_batch_size * self.data.train.tokens_per_sample
+
+    def _lr_position(self, iteration: int) -> int:
+        """The schedule's argument at the given step: the step, or the samples consumed by its end."""
+        return iteration * self.global_batch_size // self.samples_per_lr_unit
+
+    def _seed_dropout(self) -> None:
+        """Dropout masks are a function of (seed, step, rank), so that resuming needs no generator state."""
+        if self.config.model.hidden_dropout or self.config.model.attention_dropout:
+            key = f"{self.config.training.seed}/{self.progress.iteration}/{self.context.dp_rank}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little"))
+
+    def train(self) -> None:
+        """Run to the end, reporting, evaluating and saving on the way."""
+        training, checkpoint = self.config.training, self.config.checkpoint
+        while self.progress.iteration < self.total_iterations:
+            self.train_step()
+            step, last = self.progress.iteration, self.progress.iteration == self.total_iterations
+            if step % self.config.logging.log_interval == 0 or last:
+                self.report()
+            if step % training.eval_interval == 0 or last:
+                self.evaluate()
+            if checkpoint.save and (step % checkpoint.save_interval == 0 or last):
+                self.save()
+        if checkpoint.save and self.context.is_main:
+            mark_finished(checkpoint.save, self.progress)
+
+    def report(self) -> None:
+        """Write one row about the steps since the last report."""
+        row = self.window.row(self.context) | {
+            "iteration": self.progress.iteration,
+            "consumed_samples": self.progress.consumed_samples,
+            "consumed_tokens": self.progress.consumed_tokens,
+            "skipped_iterations": self.progress.skipped_iterations,
+            "fill_rate": self.data.train.fill_rate,
+            "memory_gib": peak_memory_gib(self.context.device),
+        }
+        steps_per_s = 1e3 / row["step_time_ms"]
+        per_device = self.flops_per_sample * self.global_batch_size * steps_per_s / self.context.world_size / 1e12
+        row["tokens_per_s"] = steps_per_s * self.global_batch_size * self.data.train.tokens_per_sample
+        row["tflops_per_s"] = per_device
+        row["mfu"] = None if self.peak_tflops is None else per_device / self.peak_tflops
+        self._write(row)
+        eta_s = (self.total_iterations - self.progress.iteration) / steps_per_s
+        say(progress_line(row, self.total_iterations, eta_s), self.context.is_main)
+
+    def evaluate(self) -> None:
+        """Write one row with the losses on the validation split."""
+        data, training = self.data, self.config.training
+        if data.valid is None or training.eval_iters == 0:
+            return
+        start = time.perf_counter()
+        num_samples = min(training.eval_iters * self.global_batch_size, data.valid.windows_per_epoch)
+        is_special = special_token_mask(data.special, self.config.model.padded_vocab_size, self.context.device)
+        result = evaluate(self.model, self._loader(data.valid), num_samples, is_special, self.context)
+        self._write(
+            {
+                "iteration": self.progress.iteration,
+                "validation_lm_loss": result.lm_loss,
+                "validation_noise_lm_loss": result.noise_lm_loss,
+            }
+        )
+        took = time.perf_counter() - start
+        say(
+            f"validation at step {self.progress.iteration} | lm loss {result.lm_loss:.4f} | noise tokens alone "
+            f"{result.noise_lm_loss:.4f} | {num_samples} samples in {took:.1f} s",
+            self.context.is_main,
+        )
+        self.window.restart_clock(took)
+
+    def save(self) -> None:
+        """Save a checkpoint."""
+        start = time.perf_counter()
+        tensors = training_tensors(self.model, self.optimizer)
+        path = save_training_checkpoint(self.config, self.progress, tensors, self._description(), self.context)
+        took = time.perf_counter() - start
+        self._write({"iteration": self.progress.iteration, "checkpoint_pause_ms": took * 1e3})
+        say(f"saved {path} in {took:.1f} s", self.context.is_main)
+        self.window.restart_clock(took)
+
+    def _description(self) -> dict[str, Any]:
+        return {"tokenizer": self.data.tokenizer.describe(), "dataset": self.data.indexed.manifest}
+
+    def _write(self, row: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(row)
+
+    def start(self) -> None:
+        """Continue from a checkpoint if there is one, and open the reports."""
+        path = checkpoint_to_resume(self.config.checkpoint)
+        if path is not None:
+            self.progress = resume(path, training_tensors(self.model, self.optimizer), self.config)
+            say(f"continuing from {path}", self.context.is_main)
+        save = self.config.checkpoint.save
+        if self.context.is_main:
+            if save and not Path(save, "tokenizer").exists():
+                self._save_tokenizer(Path(save))
+            self.sinks = build_sinks(self.config.logging, save, self.progress.iteration, self.config.to_dict())
+
+    def _save_tokenizer(self, save: Path) -> None:
+        temporary = save / "tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self.data.tokenizer.save(temporary)
+        temporary.rename(save / "tokenizer")
+
+    def describe(self) -> str:
+        """One line about what is about to happen."""
+        parameters = sum(p.numel() for p in self.parameters)
+        train = self.data.train
+        return (
+            f"{parameters:,} parameters on {self.context.world_size} x {self.context.device.type} | "
+            f"{self.total_iterations:,} steps of {self.global_batch_size} samples of "
+            f"{train.encoder_length} + {train.decoder_length} tokens | "
+            f"{self.total_iterations * self.global_batch_size / train.windows_per_epoch:.2f} epochs of "
+            f"{train.windows_per_epoch:,} samples"
+        )
+
+    def close(self) -> None:
+        """Flush the reports."""
+        for sink in self.sinks:
+            sink.close()
+
+
+class _Window:
+    """Sums over the steps since the last report."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.grad_norm = 0.0
+        self.learning_rate = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # cross-entropy, z-loss, targets
+        self.data_wait_s = 0.0
+        self.steps = 0
+        self.start = time.perf_counter()
+
+    def restart_clock(self, seconds: float) -> None:
+        """Leave `seconds` of evaluation or saving out of the step time."""
+        self.start += seconds
+
+    def add_losses(self, cross_entropy: torch.Tensor, z_loss: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add the sums of one microbatch; stays on the device."""
+        self.totals += torch.stack([cross_entropy.double(), z_loss.double(), (labels >= 0).sum().double()])
+
+    def row(self, context: ParallelContext) -> dict[str, Any]:
+        """Means over the window and all ranks; starts the next window."""
+        if context.dp_group is not None:
+            torch.distributed.all_reduce(self.totals, group=context.dp_group)
+        cross_entropy, z_loss, targets = self.totals.tolist()
+        elapsed_ms = (time.perf_counter() - self.start) * 1e3
+        values = {
+            "lm_loss": cross_entropy / targets,
+            "z_loss": z_loss / targets,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "step_time_ms": elapsed_ms / self.steps,
+            "data_wait_ms": self.data_wait_s * 1e3 / self.steps,
+        }
+        self._restart()
+        return values
+
+
+def pretrain(config: RunConfig, vocab_size_given: bool = False) -> None:
+    """Train as configured. `vocab_size_given`: keep the configured vocabulary size instead of the tokenizer's."""
+    start = time.perf_counter()
+    with parallel_context(config.parallel) as context:
+        data = open_data(config)
+        fit_vocabulary(config, data.tokenizer, vocab_size_given)
+        for warning in data.warnings:
+            warn(warning, context.is_main)
+        trainer = Trainer(config, data, context)
+        trainer.start()
+        say(trainer.describe(), context.is_main)
+        if trainer.progress.iteration >= trainer.total_iterations:
+            say(f"nothing left to do: {trainer.progress.iteration} steps are done", context.is_main)
+        trainer.train()
+        trainer.close()
+        say(f"done in {format_duration(time.perf_counter() - start)}", context.is_main)
