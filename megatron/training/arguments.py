@@ -115,7 +115,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Parser whose namespace holds only the flags that were given."""
-    parser = _Parser(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, description="Pretrain a T5 model.")
+    parser = _Parser(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]", description="Pretrain a T5 model.")
     parser.add_argument("--preset", choices=sorted(PRESETS), metavar="NAME", help=f"published shape: {', '.join(PRESETS)}")
     parser.add_argument("--config", metavar="FILE", help="YAML file of flag names and values; flags on the command line win")
     parser.add_argument("--print-config", action="store_true", help="print every value, where it came from, and exit")

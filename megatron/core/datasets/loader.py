@@ -16,7 +16,7 @@ from megatron.core.datasets.t5_dataset import PADDING_SAMPLE, Batch, SpanCorrupt
 
 
 class TensorBatch(NamedTuple):
-    """A microbatch: int32 tensors on the CPU."""
+    """A microbatch of int32 tensors."""
 
     encoder_input_ids: torch.Tensor
     """[b, s_enc]"""
@@ -24,6 +24,10 @@ class TensorBatch(NamedTuple):
     """[b, s_dec]"""
     labels: torch.Tensor
     """[b, s_dec], -100 where there is nothing to predict."""
+
+    def to(self, device: torch.device) -> TensorBatch:
+        """The same microbatch on `device`."""
+        return TensorBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class T5Loader:

@@ -168,7 +168,9 @@ class SpanCorruptionDataset:
         lengths: Token counts of every sample.
         encoder_length: Columns of an encoder row (s_enc).
         decoder_length: Columns of a decoder row (s_dec).
+        token_range: [begin, end) of the split in the corpus.
         windows_per_epoch: Samples after which every token (but fewer than one window) has been used once.
+        tokens_per_sample: Encoder and decoder tokens of a sample, without padding.
         fill_rate: Share of the row slots that hold data; 1.0 unless rows are padded.
     """
 
@@ -216,7 +218,9 @@ class SpanCorruptionDataset:
                 "use more text, another --split or a smaller --encoder-seq-length"
             )
         self.windows_per_epoch = num_tokens // self.lengths.raw
+        self.tokens_per_sample = self.lengths.inputs + self.lengths.targets
         self._tokens = tokens
+        self.token_range = token_range
         self._begin, self._end = token_range
         self._key = _dataset_key(seed, name)
         self._sentinel_ids = np.array(special.sentinel_ids, dtype=np.int32)
