@@ -406,7 +406,7 @@ class IndexedDatasetWriter:
             self._close()
 
     def _spool(self) -> BinaryIO:
-        return tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115 - lives as long as the writer
+        return tempfile.TemporaryFile(dir=self.prefix.parent)
 
     def _claim(self) -> None:
         """Lock the partial file against a second writer, then empty it of what a crashed writer left."""
