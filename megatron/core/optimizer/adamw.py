@@ -1,0 +1,66 @@
+"""AdamW (Loshchilov and Hutter), with torch's fused kernel on the shards that this rank holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron.core.config import OptimizerConfig
+from megatron.core.optimizer.base import Optimizer
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import local_tensor
+
+
+class AdamW(Optimizer):
+    """AdamW: bias-corrected moments, decoupled weight decay where the parameter's spec asks for it."""
+
+    def __init__(self, config: OptimizerConfig, model: nn.Module, context: ParallelContext) -> None:
+        super().__init__(model, context)
+        self.config = config
+        self.exp_avg = [torch.zeros_like(parameter).detach() for parameter in self.parameters]
+        self.exp_avg_sq = [torch.zeros_like(parameter).detach() for parameter in self.parameters]
+        self.local_exp_avg = [local_tensor(state) for state in self.exp_avg]
+        self.local_exp_avg_sq = [local_tensor(state) for state in self.exp_avg_sq]
+        self.step_count = torch.zeros((), dtype=torch.float32, device=context.device)
+        # A rank can hold no row of a small parameter; the kernel gets the others.
+        self.held = [index for index, state in enumerate(self.local_exp_avg) if state.numel()]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update the parameters in place."""
+        self.step_count += 1
+        parameters, gradients = self.local_parameters(), self.local_gradients()
+        for decays in (True, False):
+            indices = [i for i in self.held if self.specs[i].weight_decay == decays]
+            weight_decay = self.config.weight_decay if decays else 0.0
+            self._fused(indices, [parameters[i] for i in indices], gradients, lr, weight_decay)
+
+    def _fused(
+        self, indices: list[int], targets: list[torch.Tensor], gradients: list[torch.Tensor], lr: float, decay: float
+    ) -> None:
+        """One AdamW step of `targets` with the gradients and moments of the parameters `indices`."""
+        if not indices:
+            return
+        torch._fused_adamw_(
+            targets,
+            [gradients[i] for i in indices],
+            [self.local_exp_avg[i] for i in indices],
+            [self.local_exp_avg_sq[i] for i in indices],
+            [],
+            [self.step_count] * len(indices),
+            lr=lr,
+            beta1=self.config.adam_beta1,
+            beta2=self.config.adam_beta2,
+            weight_decay=decay,
+            eps=self.config.adam_eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def named_state(self) -> dict[str, torch.Tensor]:
+        """`optimizer/exp_avg/*`, `optimizer/exp_avg_sq/*` and the step count."""
+        state = {"optimizer/step": self.step_count}
+        for name, exp_avg, exp_avg_sq in zip(self.names, self.exp_avg, self.exp_avg_sq, strict=True):
+            state[f"optimizer/exp_avg/{name}"] = exp_avg
+            state[f"optimizer/exp_avg_sq/{name}"] = exp_avg_sq
+        return state

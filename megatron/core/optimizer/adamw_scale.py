@@ -1,0 +1,67 @@
+"""AdamWScale (nanoT5): AdamW whose step is multiplied by the RMS of the logical matrix it changes.
+
+T5's initial matrices differ in scale by orders of magnitude (the embedding has std 1, the query projection
+`(d_model * d_kv)**-0.5`), so one absolute step size cannot suit them all; Adafactor has the same factor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron.core.config import OptimizerConfig
+from megatron.core.optimizer.adamw import AdamW
+from megatron.core.optimizer.logical_matrices import LogicalMatrices
+from megatron.core.parallel_state import ParallelContext
+
+MIN_RMS = 1e-3
+# Updates are made in buckets of about this size, so that the buffer that holds them stays small, and in the cache on a CPU.
+BUCKET_MIB = {"cpu": 1, "cuda": 256}
+
+
+class AdamWScale(AdamW):
+    """AdamW whose step, but not its weight decay, is multiplied by `max(1e-3, RMS)` of each logical matrix.
+
+    The moments, the bias correction and the place of eps are torch's AdamW's.
+    """
+
+    def __init__(self, config: OptimizerConfig, model: nn.Module, context: ParallelContext) -> None:
+        super().__init__(config, model, context)
+        self.matrices = LogicalMatrices(self.parameters, self.specs, context.dp_group)
+        self.buckets = self._make_buckets()
+        sizes = [sum(self.local_exp_avg[i].numel() for i in bucket) for bucket in self.buckets]
+        self.buffer = self.local_exp_avg[0].new_empty(max(sizes, default=0))
+
+    def _make_buckets(self) -> list[list[int]]:
+        """Indices of the parameters that are updated together."""
+        limit = BUCKET_MIB[self.context.device.type] * 2**20
+        buckets: list[list[int]] = []
+        room = 0
+        for index in self.held:
+            nbytes = self.local_exp_avg[index].nbytes
+            if nbytes > room:
+                buckets.append([])
+                room = limit
+            buckets[-1].append(index)
+            room -= nbytes
+        return buckets
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update the parameters in place."""
+        self.step_count += 1
+        parameters, gradients = self.local_parameters(), self.local_gradients()
+        views = self.matrices.views(parameters)
+        sums = self.matrices.all_reduce(self.matrices.local_sums_of_squares(views))
+        scales = self.matrices.per_granule(self.matrices.rms(sums).clamp_(min=MIN_RMS), parameters[0].dtype)
+        if self.config.weight_decay:
+            decayed = [parameters[i] for i in self.held if self.specs[i].weight_decay]
+            torch._foreach_mul_(decayed, 1.0 - lr * self.config.weight_decay)
+        for bucket in self.buckets:
+            # A step of rate 1 from zero leaves minus the update in the buffer.
+            sizes = [parameters[i].numel() for i in bucket]
+            buffer = self.buffer[: sum(sizes)].zero_()
+            updates = [u.view_as(views[i]) for i, u in zip(bucket, buffer.split(sizes), strict=True)]
+            shaped = [u.view_as(parameters[i]) for i, u in zip(bucket, updates, strict=True)]
+            self._fused(bucket, shaped, gradients, lr=1.0, decay=0.0)
+            torch._foreach_addcmul_([views[i] for i in bucket], updates, [scales[i] for i in bucket], value=lr)
