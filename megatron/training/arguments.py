@@ -11,6 +11,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import sys
 import textwrap
@@ -92,8 +93,13 @@ def _scalar_type(annotation: Any) -> tuple[type, tuple[str, ...] | None]:
     return typing.get_origin(annotation) or annotation, None
 
 
-def options() -> Iterator[Option]:
+@functools.cache
+def options() -> tuple[Option, ...]:
     """Every field of every configuration dataclass."""
+    return tuple(_options())
+
+
+def _options() -> Iterator[Option]:
     for group, config_class in GROUPS.items():
         hints, docs = typing.get_type_hints(config_class), _field_docstrings(config_class)
         for field in dataclasses.fields(config_class):
