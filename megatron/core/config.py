@@ -220,6 +220,8 @@ class ParallelConfig:
     """Ranks that split the stack of layers. This version runs 1."""
     sequence_parallel: bool = False
     """Split activations along the sequence over the tensor-parallel ranks. This version runs without."""
+    data_parallel_sharding_strategy: Literal["no_shard", "optim_grads", "optim_grads_params"] | None = None
+    """What data-parallel ranks divide among them; parameters too is the slowest and smallest. Default: by model size."""
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library. Default: nccl on GPUs, gloo on CPUs."""
     distributed_timeout_minutes: float = 10.0

@@ -41,7 +41,6 @@ class Translated:
 _BATCHES = "batches are filled in microseconds by C++ in the training process"
 _EXACT = "samples have exact lengths, so that none is short"
 _TORCH_FUSES = "torch chooses its own fused operations"
-_SHARDED = "gradients and optimizer state are always sharded over the data-parallel processes"
 _CHECKPOINT = "there is one checkpoint format: safetensors shards and a manifest"
 _FP32 = "it is always so here"
 _NO_INDEX = "there is no sample index to build or to cache"
@@ -50,6 +49,7 @@ MEGATRON_FLAGS: dict[str, NoEffect | Refused | Translated] = {
     "--swiglu": Translated("activation_function", "gated-silu"),
     "--use-rotary-position-embeddings": Translated("position_embedding_type", "rope"),
     "--no-position-embedding": Translated("position_embedding_type", "none"),
+    "--use-distributed-optimizer": Translated("data_parallel_sharding_strategy", "optim_grads"),
     "--recompute-activations": Translated("recompute_granularity", "selective"),
     "--use-mcore-models": NoEffect("there is one implementation of the model"),
     "--num-workers": NoEffect(_BATCHES, values=1),
@@ -70,7 +70,6 @@ MEGATRON_FLAGS: dict[str, NoEffect | Refused | Translated] = {
     "--accumulate-allreduce-grads-in-fp32": NoEffect(_FP32),
     "--calculate-per-token-loss": NoEffect(_FP32),
     "--log-throughput": NoEffect("throughput is always logged"),
-    "--use-distributed-optimizer": NoEffect(_SHARDED),
     "--overlap-grad-reduce": NoEffect("communication overlaps by itself"),
     "--overlap-param-gather": NoEffect("communication overlaps by itself"),
     "--use-cpu-initialization": NoEffect("initial values are the same on every device"),

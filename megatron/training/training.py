@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron.core.datasets.loader import T5Loader
-from megatron.core.distributed import clip_gradients, global_grad_norm, set_gradient_sync, shard_data_parallel
+from megatron.core.distributed import DataParallel, clip_gradients_, global_grad_norm
 from megatron.core.models.T5.t5_flops import training_flops_per_sequence
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.optimizer import LearningRateSchedule, build_optimizer
@@ -34,14 +34,16 @@ from megatron.training.initialize import parallel_context
 from megatron.training.metrics import Sink, build_sinks, device_peak_tflops, peak_memory_gib
 
 
-def build_model(config: RunConfig, context: ParallelContext) -> T5Model:
+def build_model(config: RunConfig, context: ParallelContext) -> tuple[T5Model, DataParallel]:
     """A sharded model with its initial values, which do not depend on the sharding."""
     with torch.device("meta"):
         model = T5Model(config.model, config.compute, z_loss_weight=config.optimizer.z_loss_weight)
-    shard_data_parallel(model, model.sharding_blocks(), context, config.compute)
+    blocks = [*model.encoder.layers, *model.decoder.layers]
+    strategy = config.parallel.data_parallel_sharding_strategy
+    data_parallel = DataParallel(model, context, config.compute, blocks, strategy)
     model.to_empty(device=context.device)
     initialize_parameters(model, config.training.seed)
-    return model
+    return model, data_parallel
 
 
 def run_length(config: RunConfig, global_batch_size: int, windows_per_epoch: int) -> int:
@@ -69,7 +71,7 @@ class Trainer:
             total=training.train_samples if by_samples else self.total_iterations,
             unit="samples" if by_samples else "iterations",
         )
-        self.model = build_model(config, context)
+        self.model, self.data_parallel = build_model(config, context)
         self.parameters = list(self.model.parameters())
         self.optimizer = build_optimizer(config.optimizer, self.model, context)
         self.progress = Progress()
@@ -101,21 +103,22 @@ class Trainer:
         self._seed_dropout()
         self.window.steps += 1
         for number, batch in enumerate(batches):
-            set_gradient_sync(self.model, number == len(batches) - 1)
+            self.data_parallel.set_gradient_sync(number == len(batches) - 1)
             losses = self.model(batch.encoder_input_ids, batch.decoder_input_ids, batch.labels).loss
             cross_entropy, z_loss = losses.cross_entropy.sum(), losses.z_loss.sum()
             ((cross_entropy + z_loss) / num_targets).backward()
             self.window.add_losses(cross_entropy.detach(), z_loss.detach(), batch.labels)
+        self.data_parallel.reduce_gradients()
         self._update()
 
     def _update(self) -> None:
         """Clip, step and advance. A step whose gradient is not finite changes nothing but the counts."""
         norm = global_grad_norm(self.parameters, self.context)
         self.window.grad_norm = norm.item()
-        self.window.learning_rate = self.schedule.lr(self._lr_position(self.progress.iteration + 1))
+        self.window.learning_rate = self.schedule(self._lr_position(self.progress.iteration + 1))
         if math.isfinite(self.window.grad_norm):
             if self.config.optimizer.clip_grad > 0:
-                clip_gradients(self.parameters, norm, self.config.optimizer.clip_grad)
+                clip_gradients_(self.parameters, norm, self.config.optimizer.clip_grad)
             self.optimizer.step(self.window.learning_rate)
         else:
             self.progress.skipped_iterations += 1
