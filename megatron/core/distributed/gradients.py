@@ -38,7 +38,7 @@ def _sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.
 
 
 @torch.no_grad()
-def clip_gradients_(parameters: Iterable[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
+def clip_gradients(parameters: Iterable[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
     """Scale all gradients in place by `max_norm / norm` if `norm`, of `global_grad_norm`, is larger than `max_norm`.
 
     Without a copy to the host when the gradients are on a GPU. A non-finite norm must have been dealt with before.

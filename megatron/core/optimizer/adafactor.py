@@ -38,15 +38,18 @@ class Adafactor(Optimizer):
         self.row_moment: dict[int, torch.Tensor] = {}  # [rows], sharded like the parameter
         self.column_moment: dict[int, torch.Tensor] = {}  # [m, c], replicated
         self.full_moment: dict[int, torch.Tensor] = {}  # like the parameter
+        self.granules: dict[int, list[torch.Tensor]] = {}  # of each factored parameter, those of each logical matrix
         self.full: list[int] = []
         self.factored: list[int] = []
         for index, parameter in enumerate(self.parameters):
             rows = parameter.shape[0] // len(self.specs[index].matrices)
             if parameter.ndim == 2 and min(rows, parameter.shape[1]) >= MIN_FACTORED_SIZE:
                 self.factored.append(index)
-                self.row_moment[index] = _zero_row_moment(parameter)
                 matrices = len(self.specs[index].matrices)
-                self.column_moment[index] = local_tensor(parameter).new_zeros(matrices, parameter.shape[1])
+                self.row_moment[index] = _zero_row_moment(parameter)
+                self.column_moment[index] = local_tensor(parameter.detach()).new_zeros(matrices, parameter.shape[1])
+                granule_matrix = self.matrices.granule_matrix[index]
+                self.granules[index] = [(granule_matrix == m).nonzero().squeeze(1) for m in range(matrices)]
             else:
                 self.full.append(index)
                 self.full_moment[index] = torch.zeros_like(parameter).detach()
@@ -92,8 +95,10 @@ class Adafactor(Optimizer):
     def _column_sums(self, index: int, squares: torch.Tensor) -> torch.Tensor:
         """Sum over this rank's rows of each logical matrix: `[rows, c]` -> `[m, c]`."""
         granules = squares.view(self.matrices.shapes[index]).sum(1)  # [r_i, c]
-        matrix, count = self.matrices.granule_matrix[index], len(self.specs[index].matrices)
-        return torch.stack([granules[matrix == m].sum(0) for m in range(count)])
+        of_matrix = self.granules[index]
+        if len(of_matrix) == 1:
+            return granules.sum(0, keepdim=True)
+        return torch.stack([granules[chosen].sum(0) for chosen in of_matrix])
 
     def _divide_by_factors(self, index: int, gradient: torch.Tensor) -> None:
         """Divide `gradient` in place by the root of the factored second moment, `row x column / mean`."""
