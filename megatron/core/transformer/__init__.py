@@ -1,0 +1,1 @@
+"""Building blocks of the encoder-decoder: attention, feed-forward, norms, positions, layers."""

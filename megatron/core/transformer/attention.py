@@ -1,6 +1,6 @@
 """Self-attention of the encoder, self-attention of the decoder, cross-attention.
 
-Shapes: b batch, s sequence (q of the queries, k of the keys where they differ), h hidden, n heads, d channels of a head.
+Shapes: b batch, s sequence (q queries, k keys where they differ), h hidden, n heads, d channels of a head.
 
 Fused projections keep the heads outermost in their rows, `(head, q|k|v, d)`, so that consecutive rows are whole heads
 and a split of dimension 0 gives each rank its heads.

@@ -61,15 +61,21 @@ class T5Embedding(nn.Module):
                 config.max_position_embeddings, hidden, axis="positions", init=init, weight_decay=False
             )
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Ids `[b, s]` to `[b, s, h]` in the compute dtype.
+    def forward(self, *input_ids: Tensor) -> tuple[Tensor, ...]:
+        """Each of the ids `[b, s]` to `[b, s, h]` in the compute dtype.
+
+        Encoder and decoder ids together are one lookup, whose backward makes one gradient of the table's size.
 
         Raises:
-            UserError: The sequence is longer than the table of learned positions.
+            UserError: A sequence is longer than the table of learned positions.
         """
-        hidden = self.word_embeddings(input_ids)
+        words = self.word_embeddings(torch.cat([ids.flatten() for ids in input_ids]))
+        parts = words.split([ids.numel() for ids in input_ids])
+        return tuple(self._finish(part.unflatten(0, ids.shape)) for part, ids in zip(parts, input_ids, strict=True))
+
+    def _finish(self, hidden: Tensor) -> Tensor:
         if self.position_embeddings is not None:
-            length, rows = input_ids.shape[-1], self.position_embeddings.weight.shape[0]
+            length, rows = hidden.shape[1], self.position_embeddings.weight.shape[0]
             if length > rows:
                 raise UserError(
                     f"--max-position-embeddings is {rows}, but a sequence has {length} tokens; "
@@ -201,7 +207,8 @@ class T5Model(nn.Module):
 
     def encode(self, input_ids: Tensor, *, mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """Ids `[b, s]` to the encoder output `[b, s, h]`; the keywords are those of `T5Encoder.forward`."""
-        return self.encoder(self.embedding(input_ids), mask=mask, segment_ids=segment_ids)
+        (hidden,) = self.embedding(input_ids)
+        return self.encoder(hidden, mask=mask, segment_ids=segment_ids)
 
     def decode(
         self,
@@ -214,8 +221,9 @@ class T5Model(nn.Module):
         encoder_segment_ids: Tensor | None = None,
     ) -> Tensor:
         """Ids `[b, t]` and the encoder output `[b, s, h]` to the decoder output `[b, t, h]`."""
+        (hidden,) = self.embedding(input_ids)
         return self.decoder(
-            self.embedding(input_ids),
+            hidden,
             encoder_output,
             mask=mask,
             segment_ids=segment_ids,
@@ -253,9 +261,10 @@ class T5Model(nn.Module):
             encoder_segment_ids: `[b, s]`, documents of packed rows from 1, 0 for padding.
             decoder_segment_ids: `[b, t]`, likewise; decoder segment i reads encoder segment i.
         """
-        encoder_output = self.encode(encoder_input_ids, mask=encoder_mask, segment_ids=encoder_segment_ids)
-        decoder_output = self.decode(
-            decoder_input_ids,
+        encoder_hidden, decoder_hidden = self.embedding(encoder_input_ids, decoder_input_ids)
+        encoder_output = self.encoder(encoder_hidden, mask=encoder_mask, segment_ids=encoder_segment_ids)
+        decoder_output = self.decoder(
+            decoder_hidden,
             encoder_output,
             mask=decoder_mask,
             segment_ids=decoder_segment_ids,
