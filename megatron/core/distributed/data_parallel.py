@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.distributed import all_reduce
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from megatron.core.config import ComputeConfig
 from megatron.core.parallel_state import ParallelContext
@@ -27,16 +26,11 @@ MIN_UNIT_MIB = 16
 BUFFER_MIB = 64
 
 
-def shard_data_parallel(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    context: ParallelContext,
-    compute: ComputeConfig,
-    strategy: ShardingStrategy | None = None,
-) -> None:
-    """Prepare `model`, in place, for training on the data-parallel ranks.
+class DataParallel:
+    """Makes the data-parallel ranks compute one step together.
 
-    Call it before the parameters are materialised (the meta device is fine) and before the optimizer is built.
+    Construct it before the parameters are materialised (the meta device is fine) and before the optimizer is built.
+    Call `set_gradient_sync(last)` before each microbatch and `reduce_gradients()` after the last backward of a step.
 
     * `no_shard`: every rank keeps all parameters and optimizer state, as a single process does.
     * `optim_grads` (ZeRO-2): parameters, gradients and optimizer state are sharded with FSDP2; parameters stay
@@ -44,54 +38,71 @@ def shard_data_parallel(
     * `optim_grads_params` (ZeRO-3): parameters are gathered again for the backward pass.
 
     Args:
-        model: The model.
-        blocks: The repeated layers in the order in which they run; what is not in them forms the outermost unit.
+        model: The model; sharded in place.
         context: The layout. A single data-parallel rank needs nothing done.
         compute: Precision; with bf16, shards are gathered in bf16 and gradients reduced in fp32.
+        blocks: The repeated layers in the order in which they run; what is not in them forms the outermost unit.
         strategy: One of the above. Default: `no_shard` for models below `REPLICATE_BELOW_MIB`, else `optim_grads`.
     """
-    if strategy is None:
-        strategy = "no_shard" if _parameter_bytes(model) < REPLICATE_BELOW_MIB * 2**20 else "optim_grads"
-    if context.dp_size == 1 or strategy == "no_shard":
-        return
-    assert context.mesh is not None
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if compute.bf16 else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # the model decides what is computed in fp32
-    )
-    reshard = strategy == "optim_grads_params"
-    for unit in [*group_blocks(blocks, MIN_UNIT_MIB * 2**20), model]:
-        fully_shard(unit, mesh=context.mesh["dp"], reshard_after_forward=reshard, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
 
+    def __init__(
+        self,
+        model: nn.Module,
+        context: ParallelContext,
+        compute: ComputeConfig,
+        blocks: Sequence[nn.Module] = (),
+        strategy: ShardingStrategy | None = None,
+    ) -> None:
+        self.model = model
+        self.context = context
+        small = _parameter_bytes(model) < REPLICATE_BELOW_MIB * 2**20
+        self.strategy: ShardingStrategy = strategy or ("no_shard" if small else "optim_grads")
+        if context.dp_size > 1 and self.strategy != "no_shard":
+            self._shard(compute, blocks)
 
-def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Say, before each microbatch, whether it is the last of the step.
+    def _shard(self, compute: ComputeConfig, blocks: Sequence[nn.Module]) -> None:
+        assert self.context.mesh is not None
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if compute.bf16 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # the model decides what is computed in fp32
+        )
+        for unit in [*group_blocks(blocks, MIN_UNIT_MIB * 2**20), [self.model]]:
+            fully_shard(
+                unit,
+                mesh=self.context.mesh["dp"],
+                reshard_after_forward=self.strategy == "optim_grads_params",
+                mp_policy=policy,
+            )
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
 
-    Before the last one, each rank accumulates its own gradients in fp32 and nothing is communicated.
-    """
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)
+    def set_gradient_sync(self, enabled: bool) -> None:
+        """Say, before each microbatch, whether it is the last of the step.
 
+        Before the last one, each rank accumulates its own gradients in fp32 and nothing is reduced.
+        """
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(enabled)
+            # Parameters do not change between the microbatches of a step, so they need not be gathered again.
+            self.model.set_reshard_after_backward(enabled or self.strategy == "optim_grads_params")
 
-@torch.no_grad()
-def reduce_gradients(parameters: Iterable[nn.Parameter], context: ParallelContext) -> None:
-    """Finish the sum of the gradients over the ranks, after the last backward of a step.
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Finish the sum of the gradients over the ranks, after the last backward of a step.
 
-    FSDP2 has done it in the backward pass. Gradients of replicas are copied into fp32 buffers, which are summed in one
-    all-reduce each and then serve as the gradients. All ranks must have gradients for the same parameters.
-    """
-    if context.dp_size == 1:
-        return
-    with_gradient = [p for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    for bucket in _buckets(with_gradient, BUFFER_MIB * 2**20):
-        buffer = torch.cat([p.grad.flatten() for p in bucket])  # type: ignore[union-attr]
-        all_reduce(buffer, group=context.dp_group)
-        for parameter, piece in zip(bucket, buffer.split([p.numel() for p in bucket]), strict=True):
-            parameter.grad = piece.view_as(parameter)
+        FSDP2 has done it in the backward pass. Gradients of replicas are copied into buffers, which are summed in one
+        all-reduce each and then serve as the gradients. A parameter without a gradient must be so on all ranks.
+        """
+        if self.context.dp_size == 1 or isinstance(self.model, FSDPModule):
+            return
+        with_gradient = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        for bucket in _buckets(with_gradient, BUFFER_MIB * 2**20):
+            buffer = torch.cat([parameter.grad.flatten() for parameter in bucket])  # type: ignore[union-attr]
+            all_reduce(buffer, group=self.context.dp_group)
+            for parameter, piece in zip(bucket, buffer.split([p.numel() for p in bucket]), strict=True):
+                parameter.grad = piece.view_as(parameter)
 
 
 def _buckets(parameters: Iterable[nn.Parameter], max_bytes: int) -> list[list[nn.Parameter]]:

@@ -21,7 +21,8 @@ def global_grad_norm(parameters: Iterable[torch.Tensor], context: ParallelContex
     Sharded gradients are summed over the data-parallel ranks with one all-reduce; replicated ones count once.
     Parameters without a gradient count as zero. Non-finite gradients give a non-finite norm.
     """
-    sharded, replicated = [], []
+    sharded: list[torch.Tensor] = []
+    replicated: list[torch.Tensor] = []
     for parameter in parameters:
         if parameter.grad is not None:
             (sharded if isinstance(parameter.grad, DTensor) else replicated).append(local_tensor(parameter.grad))
@@ -38,7 +39,7 @@ def _sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
+def clip_gradients_(parameters: Iterable[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
     """Scale all gradients in place by `max_norm / norm` if `norm`, of `global_grad_norm`, is larger than `max_norm`.
 
     Without a copy to the host when the gradients are on a GPU. A non-finite norm must have been dealt with before.

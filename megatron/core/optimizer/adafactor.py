@@ -71,9 +71,7 @@ class Adafactor(Optimizer):
         scale_rows = self.matrices.per_granule(scales, parameters[0].dtype)
         torch._foreach_addcmul_(views, updates, scale_rows, value=-lr)
 
-    def _update_moments(
-        self, beta2: float, views: list[torch.Tensor], gradients: list[torch.Tensor]
-    ) -> torch.Tensor:
+    def _update_moments(self, beta2: float, views: list[torch.Tensor], gradients: list[torch.Tensor]) -> torch.Tensor:
         """Bring the second moments up to date and return the parameters' RMS: float64 `[n]`."""
         for index in self.full:
             moment = local_tensor(self.full_moment[index])

@@ -15,7 +15,8 @@ from megatron.core.optimizer.logical_matrices import LogicalMatrices
 from megatron.core.parallel_state import ParallelContext
 
 MIN_RMS = 1e-3
-# Updates are made in buckets of about this size, so that the buffer that holds them stays small, and in the cache on a CPU.
+# Updates are made in buckets of at most this size, or that of the largest parameter: the buffer that holds them stays
+# small, and in the cache on a CPU.
 BUCKET_MIB = {"cpu": 1, "cuda": 256}
 
 

@@ -1,7 +1,7 @@
 """Sums over the logical matrices of a model, whatever is fused into one parameter and however it is sharded.
 
-A fused parameter (query, key and value in one) holds several logical matrices as interleaved blocks of rows. Optimizers that
-scale by a matrix's RMS must see each of them, or fusing and sharding would change the training.
+A fused parameter (query, key and value in one) holds several logical matrices as interleaved blocks of rows. Optimizers
+that scale by a matrix's RMS must see each of them, or fusing and sharding would change the training.
 
 Legend: n logical matrices of the model, r granules of all parameters that this rank holds, i one parameter.
 A granule is the largest run of rows that lies within one logical matrix, wherever the shard begins.
@@ -29,7 +29,7 @@ class LogicalMatrices:
 
     Attributes:
         shapes: Of each parameter, its local shape as `(granules, rows of a granule, rest of the elements of a row)`.
-        granule_matrix: Of each parameter, the logical matrix (counted in that parameter) of its granules, int64 `[r_i]`.
+        granule_matrix: Of each parameter, the logical matrix (counted in it) of its granules, int64 `[r_i]`.
         numel: Elements of each logical matrix on all ranks, float64 `[n]`.
     """
 

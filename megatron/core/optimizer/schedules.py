@@ -23,7 +23,7 @@ class LearningRateSchedule:
     Args:
         config: The `lr*` and `min_lr` fields.
         total: Length of the run, in `unit`; the decay length unless a flag gives another.
-        unit: What `total` and the argument of `lr` count.
+        unit: What `total` and the argument of a call count.
 
     Raises:
         UserError: Flags of the other unit, or lengths that do not fit into each other.
@@ -57,7 +57,7 @@ class LearningRateSchedule:
                 f"the end at {self.decay:g} {suffix}; shorten it"
             )
 
-    def lr(self, step: int) -> float:
+    def __call__(self, step: int) -> float:
         """Learning rate of the update that brings progress to `step` (so the first update has step 1, not 0).
 
         The values are those that Megatron-LM logs at the same progress; `step` 0 gives `lr_warmup_init`.
