@@ -123,8 +123,7 @@ class MiniT5(nn.Module):
     def forward(self, encoder_ids, decoder_ids):
         """[b, s], [b, t] -> logits [b, t, v]"""
         memory = self.encoder(self.embedding[encoder_ids])
-        hidden = self.decoder(self.embedding[decoder_ids], memory)
-        return hidden * HIDDEN**-0.5 @ self.embedding.T
+        return self.decoder(self.embedding[decoder_ids], memory) * HIDDEN**-0.5 @ self.embedding.T
 
 
 def main():
