@@ -35,12 +35,12 @@ def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
     A process started without a launcher trains alone and needs no process group.
     """
     device = choose_device()
+    if config.distributed_backend == "nccl" and device.type != "cuda":
+        raise UserError("--distributed-backend nccl needs GPUs and there is none here; use gloo or leave it out")
     if not launched_by_torchrun():
         yield ParallelContext(device=device)
         return
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
-    if backend == "nccl" and device.type != "cuda":
-        raise UserError("--distributed-backend nccl needs GPUs and there is none here; use gloo or leave it out")
     torch.distributed.init_process_group(
         backend,
         timeout=timedelta(minutes=config.distributed_timeout_minutes),

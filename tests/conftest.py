@@ -1,0 +1,49 @@
+"""Fixtures that several test folders share."""
+
+import json
+from pathlib import Path
+from pydoc_data import topics
+
+import pytest
+
+from megatron.core.config import TokenizerConfig
+from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
+
+
+@pytest.fixture(scope="session")
+def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl corpus of about 150 KB of prose: the first topics of Python's language reference."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    texts = [topics.topics[name] for name in sorted(topics.topics)][:60]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_dataset(text_corpus: Path) -> Path:
+    """`--data-path` of the corpus in bytes (ByT5's ids)."""
+    prefix = text_corpus.with_name("bytes")
+    tokenizer = TokenizerConfig(tokenizer_type="ByteTokenizer")
+    preprocess(PreprocessConfig(input=[str(text_corpus)], output_prefix=str(prefix), tokenizer=tokenizer))
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def wordpiece_vocab(text_corpus: Path) -> Path:
+    """A small BERT vocabulary file that covers the corpus."""
+    text = "".join(json.loads(line)["text"] for line in text_corpus.read_text(encoding="utf-8").splitlines())
+    words = sorted({word for word in text.split() if word.isalpha()}, key=lambda word: (-text.count(word), word))[:500]
+    characters = sorted({character for character in text if not character.isspace()})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *("##" + c for c in characters), *words]
+    path = text_corpus.with_name("vocab.txt")
+    path.write_text("\n".join(dict.fromkeys(pieces)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def wordpiece_dataset(text_corpus: Path, wordpiece_vocab: Path) -> Path:
+    """`--data-path` of the corpus in word pieces."""
+    prefix = text_corpus.with_name("my_data_collection")
+    tokenizer = TokenizerConfig(tokenizer_type="BertWordPieceCase", vocab_file=str(wordpiece_vocab))
+    preprocess(PreprocessConfig(input=[str(text_corpus)], output_prefix=str(prefix), tokenizer=tokenizer))
+    return prefix

@@ -1,0 +1,259 @@
+"""`pretrain_t5.py` as a user runs it: one process, two processes, stopping and continuing, mistakes."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = shlex.split(
+    "--encoder-num-layers 2 --decoder-num-layers 1 --hidden-size 32 --num-attention-heads 2 --kv-channels 8 "
+    "--encoder-seq-length 64 --lr 1e-2 --log-interval 1 --eval-interval 5 --eval-iters 2 --split 90,10,0"
+)
+
+
+def launch(
+    arguments: list[str], processes: int = 0, cwd: Path | None = None, timeout: int = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run the program, under torchrun when `processes` is given."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(ROOT / "pretrain_t5.py"), *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def rows(metrics: Path, key: str = "lm_loss") -> dict[int, float]:
+    """Values of `key` by iteration."""
+    parsed = [json.loads(line) for line in metrics.read_text().splitlines()]
+    found = [(row["iteration"], row[key]) for row in parsed if key in row]
+    assert len(dict(found)) == len(found), "an iteration was reported twice"
+    return dict(found)
+
+
+def train(arguments: list[str], processes: int = 0) -> None:
+    result = launch(arguments, processes)
+    assert result.returncode == 0, result.stderr
+
+
+def test_loss_falls_from_ln_v_and_metrics_are_complete(byte_dataset: Path, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    flags = [*TINY, "--data-path", str(byte_dataset), "--train-iters", "60", "--metrics-file", str(metrics)]
+    result = launch(flags)
+    assert result.returncode == 0, result.stderr
+    losses = rows(metrics)
+    assert sorted(losses) == list(range(1, 61))
+    assert abs(losses[1] - math.log(384)) < 0.3
+    assert losses[60] < losses[1] - 1.0
+    first = json.loads(metrics.read_text().splitlines()[0])
+    expected = {
+        "iteration", "consumed_samples", "consumed_tokens", "lm_loss", "z_loss", "grad_norm", "learning_rate",
+        "step_time_ms", "tokens_per_s", "tflops_per_s", "mfu", "memory_gib", "fill_rate", "data_wait_ms",
+        "skipped_iterations",
+    }  # fmt: skip
+    assert expected <= set(first)
+    assert first["mfu"] is None and first["fill_rate"] == 1.0 and first["consumed_samples"] == 8
+    assert set(rows(metrics, "validation_noise_lm_loss")) == set(range(5, 61, 5))
+    assert "ETA" in result.stdout and "validation at step 60" in result.stdout
+
+
+@pytest.mark.parametrize("strategy", ["no_shard", "optim_grads", "optim_grads_params"])
+@pytest.mark.parametrize("optimizer", ["adamw-scale", "adafactor", "adamw"])
+def test_two_processes_train_as_one(byte_dataset: Path, tmp_path: Path, strategy: str, optimizer: str) -> None:
+    if optimizer != "adamw-scale" and strategy == "optim_grads_params":
+        pytest.skip("covered by optim_grads for this optimizer")
+    common = [*TINY, "--data-path", str(byte_dataset), "--train-iters", "6", "--optimizer", optimizer]
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    train([*common, "--global-batch-size", "8", "--micro-batch-size", "8", "--metrics-file", str(one)])
+    two_flags = ["--global-batch-size", "8", "--micro-batch-size", "2", "--data-parallel-sharding-strategy", strategy]
+    train([*common, *two_flags, "--metrics-file", str(two)], processes=2)
+    for key in ("lm_loss", "grad_norm", "validation_lm_loss", "validation_noise_lm_loss"):
+        assert rows(two, key) == pytest.approx(rows(one, key), rel=2e-5)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("optimizer", ["adamw-scale", "adafactor"])
+def test_the_same_command_continues_bit_for_bit(
+    byte_dataset: Path, tmp_path: Path, processes: int, optimizer: str
+) -> None:
+    strategy = ["--data-parallel-sharding-strategy", "optim_grads"] if processes else []
+    flags = [
+        *TINY, "--data-path", str(byte_dataset), "--optimizer", optimizer, "--micro-batch-size", "2",
+        "--global-batch-size", "8", "--save-interval", "4", "--hidden-dropout", "0.1", "--attention-dropout", "0.1",
+        "--lr-decay-iters", "8", *strategy,
+    ]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train([*flags, "--train-iters", "8", "--save", str(whole)], processes)
+    train([*flags, "--train-iters", "4", "--save", str(parts)], processes)
+    assert (parts / "finished").exists()
+    train([*flags, "--train-iters", "8", "--save", str(parts)], processes)
+    assert rows(parts / "metrics.jsonl") == rows(whole / "metrics.jsonl")
+    assert rows(parts / "metrics.jsonl", "grad_norm") == rows(whole / "metrics.jsonl", "grad_norm")
+    shards = sorted(path.name for path in (whole / "iter_0000008").glob("*.safetensors"))
+    assert len(shards) == max(processes, 1)
+    for name in shards:
+        assert (whole / "iter_0000008" / name).read_bytes() == (parts / "iter_0000008" / name).read_bytes()
+    again = launch([*flags, "--train-iters", "8", "--save", str(parts)], processes)
+    assert again.returncode == 0 and "nothing left to do" in again.stdout
+
+
+def test_metrics_beyond_the_checkpoint_are_written_anew(byte_dataset: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--save", str(tmp_path), "--save-interval", "2"]
+    train([*flags, "--train-iters", "2"])
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # a run killed after step 3, in the middle of a line
+        file.write('{"iteration": 3, "lm_loss": 1.0}\n{"iteration": 4, "lm_')
+    train([*flags, "--train-iters", "4"])
+    losses = rows(tmp_path / "metrics.jsonl")
+    assert sorted(losses) == [1, 2, 3, 4] and losses[3] > 3.0
+
+
+def test_bf16_keeps_fp32_state_and_close_losses(byte_dataset: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--train-iters", "6"]
+    train([*flags, "--metrics-file", str(tmp_path / "fp32.jsonl")])
+    train([*flags, "--bf16", "--save", str(tmp_path / "bf16")])
+    assert rows(tmp_path / "bf16/metrics.jsonl") == pytest.approx(rows(tmp_path / "fp32.jsonl"), rel=2e-2)
+    manifest = json.loads((tmp_path / "bf16/iter_0000006/manifest.json").read_text())
+    assert manifest["config"]["compute"]["bf16"] is True
+    assert "bfloat16" not in json.dumps(manifest["tensors"])
+
+
+def test_default_length_is_one_epoch(byte_dataset: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--global-batch-size", "512", "--micro-batch-size", "128"]
+    result = launch([*flags, "--metrics-file", str(tmp_path / "m.jsonl"), "--eval-iters", "0"])
+    assert result.returncode == 0, result.stderr
+    last = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])
+    windows = int(result.stdout.split("epochs of ")[1].split(" ")[0].replace(",", ""))
+    assert last["iteration"] == windows // 512 > 1
+
+
+def test_command_of_the_readme_runs_as_written(wordpiece_dataset: Path) -> None:
+    """In one process, with no launcher, the dataset's prefix as `preprocess_data.py --output-prefix` got it."""
+    command = (
+        "--encoder-num-layers 12 --decoder-num-layers 12 --hidden-size 768 --num-attention-heads 12 --kv-channels 64 "
+        "--seq-length 512 --max-position-embeddings 512 --data-path my_data_collection"
+    )
+    result = launch(
+        [*shlex.split(command), "--train-iters", "4", "--micro-batch-size", "1", "--log-interval", "1"],
+        cwd=wordpiece_dataset.parent,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("| lm loss") >= 4
+
+
+def test_megatron_t5_220m_arguments(wordpiece_dataset: Path, wordpiece_vocab: Path, tmp_path: Path) -> None:
+    """Megatron-LM's published arguments; package, backend and sizes are replaced by what a CPU has."""
+    published = (
+        "--encoder-num-layers 12 --decoder-num-layers 12 --hidden-size 768 --num-attention-heads 12 --kv-channels 64 "
+        "--ffn-hidden-size 3072 --encoder-seq-length 512 --decoder-seq-length 128 --max-position-embeddings 512 "
+        "--micro-batch-size 64 --global-batch-size 512 --lr 0.0001 --train-iters 1000000 --lr-decay-iters 1000000 "
+        "--lr-decay-style linear --min-lr 0.00001 --weight-decay 1e-2 --lr-warmup-fraction .01 --clip-grad 1.0 --bf16 "
+        "--vocab-extra-ids 100 --init-method-std 0.015 --transformer-impl transformer_engine "
+        "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --attention-backend auto --data-path D "
+        "--vocab-file V --tokenizer-type BertWordPieceCase --split 99982,9,9 --log-interval 100 --tensorboard-dir T "
+        "--save-interval 500 --eval-interval 1000 --eval-iters 10 --distributed-backend nccl --save S --load S"
+    )
+    replacements = {
+        "--encoder-num-layers": "2", "--decoder-num-layers": "2", "--hidden-size": "64", "--num-attention-heads": "4",
+        "--kv-channels": "16", "--ffn-hidden-size": "128", "--micro-batch-size": "2", "--global-batch-size": "4",
+        "--train-iters": "4", "--lr-decay-iters": "10", "--transformer-impl": "local", "--distributed-backend": "gloo",
+        "--log-interval": "1", "--data-path": str(wordpiece_dataset), "--vocab-file": str(wordpiece_vocab),
+        "--tensorboard-dir": str(tmp_path / "T"), "--save": str(tmp_path / "S"), "--load": str(tmp_path / "S"),
+    }  # fmt: skip
+    words = shlex.split(published)
+    arguments = [replacements.get(words[i - 1], word) if i else word for i, word in enumerate(words)]
+    result = launch(arguments)
+    assert result.returncode == 0, result.stderr
+    assert "--split 99982,9,9 leaves" in result.stderr and "no valid loss" in result.stderr
+    assert "512 + 114 tokens" in result.stdout
+    assert list((tmp_path / "T").glob("events*"))
+    config = json.loads((tmp_path / "S/iter_0000004/manifest.json").read_text())["config"]
+    assert config["model"]["init_method_std"] == 0.015 and config["compute"]["bf16"]
+    assert config["optimizer"]["weight_decay"] == 0.01 and config["data"]["decoder_seq_length"] == 128
+    rates = rows(tmp_path / "S/metrics.jsonl", "learning_rate")
+    # A warmup of 0.01 x 10 steps is over before the first; then linear from 1e-4 at the warmup's end to 1e-5 at step 10.
+    assert rates == pytest.approx({i: 1e-5 + 9e-5 * (10 - i) / 9.9 for i in range(1, 5)})
+    refused = launch([*arguments, "--transformer-impl", "transformer_engine"])
+    assert refused.returncode == 1 and "transformer" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def _expect_one_line(arguments: list[str], message: str, status: int = 1) -> None:
+    result = launch(arguments)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning:")]
+    assert result.returncode == status, result.stderr
+    assert len(lines) == 1 and message in lines[0], result.stderr
+
+
+def _copied(dataset: Path, target: Path) -> Path:
+    for path in dataset.parent.glob(dataset.name + "_text_document*"):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copy(path, target / path.name)
+    return target / (dataset.name + "_text_document")
+
+
+def _truncate_bin(prefix: Path) -> None:
+    with prefix.with_name(prefix.name + ".bin").open("r+b") as file:
+        file.truncate(1000)
+
+
+def _corrupt_idx(prefix: Path) -> None:
+    with prefix.with_name(prefix.name + ".idx").open("r+b") as file:
+        file.seek(2)
+        file.write(b"\x55\x55")
+
+
+def _enlarge_token(prefix: Path) -> None:
+    """Every token of the corpus out of the vocabulary, whichever is read first."""
+    path = prefix.with_name(prefix.name + ".bin")
+    path.write_bytes(b"\xf0\x7f" * (path.stat().st_size // 2))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(_truncate_bin, ".bin"), (_corrupt_idx, ".idx"), (_enlarge_token, "32752")],
+)
+def test_damaged_datasets_are_refused(byte_dataset: Path, tmp_path: Path, damage: object, message: str) -> None:
+    prefix = _copied(byte_dataset, tmp_path)
+    damage(prefix)  # type: ignore[operator]
+    _expect_one_line([*TINY, "--data-path", str(prefix), "--train-iters", "2"], message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-path", "/nowhere/corpus"], "/nowhere/corpus"),
+        ([], "--data-path is missing"),
+        (["--data-path", "DATA", "--global-batch-size", "12"], "--global-batch-size 12 is not a multiple"),
+        (["--data-path", "DATA", "--encoder-seq-length", "200000", "--vocab-extra-ids", "100"], "--vocab-extra-ids is 100"),
+        (["--data-path", "DATA", "--seq-length", "160000", "--mean-noise-span-length", "2000"], "one sample takes"),
+        (["--data-path", "DATA", "--seq-length", "2048", "--mean-noise-span-length", "1.1"], "sentinels"),
+        (["--data-path", "DATA", "--decoder-seq-length", "5"], "--decoder-seq-length is 5"),
+        (["--data-path", "DATA", "--tokenizer-type", "BertWordPieceCase", "--vocab-file", "VOCAB"], "is not the one that"),
+        (["--data-path", "DATA", "--vocab-size", "100"], "--vocab-size is 100"),
+        (["--data-path", "DATA", "--load", "/nowhere/run"], "--load /nowhere/run holds no checkpoint"),
+        (["--data-path", "DATA", "--distributed-backend", "nccl"], "nccl needs GPUs"),
+    ],
+)
+def test_mistakes_are_one_line(
+    byte_dataset: Path, wordpiece_vocab: Path, arguments: list[str], message: str
+) -> None:
+    names = {"DATA": str(byte_dataset), "VOCAB": str(wordpiece_vocab)}
+    given = [names.get(word, word) for word in arguments]
+    _expect_one_line([*TINY, "--train-iters", "2", *given], message)
+
+
+def test_another_architecture_is_not_continued(byte_dataset: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--train-iters", "2", "--save", str(tmp_path)]
+    train(flags)
+    _expect_one_line([*flags, "--hidden-size", "48"], "hidden_size 32 -> 48")
+    _expect_one_line([*flags, "--optimizer", "adafactor"], "was trained with --optimizer adamw-scale")
