@@ -1,0 +1,20 @@
+"""Checkpoints that any layout of processes can load, in safetensors and JSON."""
+
+from megatron.core.dist_checkpointing.format import (
+    CheckpointError,
+    checkpoint_path,
+    latest_checkpoint,
+    read_manifest,
+    verify_checkpoint,
+)
+from megatron.core.dist_checkpointing.serialization import load_checkpoint, save_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "checkpoint_path",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "read_manifest",
+    "save_checkpoint",
+    "verify_checkpoint",
+]

@@ -1,0 +1,125 @@
+"""Saving and loading named tensors on any layout of processes."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from megatron.core.dist_checkpointing.format import DTYPE_NAMES, CheckpointError, checkpoint_path
+from megatron.core.dist_checkpointing.storage import SafetensorsReader, SafetensorsWriter
+from megatron.core.parallel_state import ParallelContext
+
+NAMES_IN_MESSAGE = 5
+
+
+def save_checkpoint(
+    root: Path, iteration: int, tensors: dict[str, torch.Tensor], manifest: dict[str, Any], context: ParallelContext
+) -> Path:
+    """Write `tensors` and `manifest` as the checkpoint of `iteration` under `root`; all ranks call it together.
+
+    DTensors are saved by the ranks that hold them, plain tensors (equal on all ranks) by one of the ranks. When it
+    returns, on every rank, the checkpoint is on the disk and published. An older one of the same iteration is replaced.
+
+    Args:
+        root: Directory of all checkpoints; made if it is not there. All ranks must see the same one.
+        iteration: Number of the iteration.
+        tensors: Tensors by global name.
+        manifest: What else to keep; JSON-able.
+        context: The layout.
+
+    Returns:
+        The directory of the checkpoint.
+
+    Raises:
+        CheckpointError: A file could not be written, on whichever rank: raised on all, and nothing is published.
+    """
+    writer = SafetensorsWriter(root, iteration, manifest, context.rank, context.world_size)
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with _no_warning_of_single_process():
+            dcp.save(_detached(tensors), storage_writer=writer, planner=planner, no_dist=context.world_size == 1)
+    except dcp.CheckpointException as failure:
+        if writer.temporary is not None:
+            shutil.rmtree(writer.temporary, ignore_errors=True)
+        _raise(failure, f"cannot save {checkpoint_path(root, iteration)}")
+    return writer.final
+
+
+def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], strict: bool = True) -> None:
+    """Fill `tensors` in place from the checkpoint directory `path`, whatever layout it was saved on.
+
+    All ranks call it together. Sizes of files are checked first, checksums are not (see `verify_checkpoint`).
+
+    Args:
+        path: Directory of one checkpoint.
+        tensors: Tensors by global name; DTensors get the rows they hold.
+        strict: Require the same names on both sides; else names that only one side has are left alone.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or names, shapes or dtypes differ. After an error while reading,
+            raised on all ranks, some tensors may have been filled.
+    """
+    reader = SafetensorsReader(path)
+    tensors = _matching(path, tensors, reader.manifest["tensors"], strict)
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    single = not dist.is_initialized() or dist.get_world_size() == 1
+    try:
+        with _no_warning_of_single_process():
+            dcp.load(_detached(tensors), storage_reader=reader, planner=planner, no_dist=single)
+    except dcp.CheckpointException as failure:
+        _raise(failure, f"cannot load {path}")
+
+
+@contextmanager
+def _no_warning_of_single_process() -> Iterator[None]:
+    """torch warns when there is no process group, which for a single process is as it should be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _detached(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _matching(
+    path: Path, tensors: dict[str, torch.Tensor], stored: dict[str, Any], strict: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors that the checkpoint holds, after comparing names, shapes and dtypes."""
+    if strict:
+        _refuse(path, "lacks", [name for name in tensors if name not in stored])
+        _refuse(path, "has unexpected", [name for name in stored if name not in tensors])
+    common = {name: tensor for name, tensor in tensors.items() if name in stored}
+    differing = []
+    for name, tensor in common.items():
+        found = (stored[name]["dtype"], stored[name]["shape"])
+        wanted = (DTYPE_NAMES[tensor.dtype], list(tensor.shape))
+        if found != wanted:
+            differing.append(f"{name} ({found[0]} {found[1]} there, {wanted[0]} {wanted[1]} here)")
+    _refuse(path, "does not fit in", differing)
+    return common
+
+
+def _refuse(path: Path, problem: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:NAMES_IN_MESSAGE])
+        more = f" and {len(names) - NAMES_IN_MESSAGE} more" if len(names) > NAMES_IN_MESSAGE else ""
+        raise CheckpointError(f"{path} {problem} {shown}{more}; use the flags of the run that saved it")
+
+
+def _raise(failure: dcp.CheckpointException, message: str) -> NoReturn:
+    """Raise what torch gathered from the ranks as one of our errors; a bug keeps its traceback."""
+    rank, (error, _) = sorted(failure.failures.items())[0]
+    if isinstance(error, CheckpointError):
+        raise CheckpointError(f"{message}: {error}") from error
+    if isinstance(error, OSError):
+        raise CheckpointError(f"{message}: rank {rank}: {error}") from error
+    raise RuntimeError(f"{message}: rank {rank} raised {error!r}\n{failure}") from error

@@ -1,0 +1,342 @@
+"""Storage of `torch.distributed.checkpoint` in safetensors files: one streamed file a rank, read by byte range.
+
+torch plans which rank writes or reads which part of which tensor, whatever the layouts; this module moves the bytes.
+A whole tensor is stored under its name, a part of one under `<name>@<offset>,<offset>...`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint import (
+    LoadPlan,
+    LoadPlanner,
+    Metadata,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    StorageReader,
+    StorageWriter,
+    TensorStorageMetadata,
+    WriteItem,
+)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron.core.dist_checkpointing.format import (
+    CHECKSUM_ALGORITHM,
+    DTYPE_NAMES,
+    DTYPES,
+    FORMAT_VERSION,
+    HINT,
+    MANIFEST,
+    CheckpointError,
+    check_file_sizes,
+    checkpoint_path,
+    encode_manifest,
+    publish_directory,
+    read_manifest,
+    shard_name,
+    sweep,
+)
+from megatron.core.file_utils import publish_bytes, write_durably
+
+WRITE_BYTES = 8 * 2**20  # written and added to the checksum at a time, so that the second use finds it in the cache
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One shard as written."""
+
+    name: str
+    nbytes: int
+    checksum: int
+
+
+class SafetensorsWriter(StorageWriter):
+    """Writes a checkpoint into a temporary directory and publishes it when all ranks are done.
+
+    Args:
+        root: Directory of all checkpoints.
+        iteration: Iteration of this one.
+        manifest: What to keep besides the tensors, JSON-able.
+        rank: This rank.
+        world_size: Number of ranks that write.
+    """
+
+    def __init__(self, root: Path, iteration: int, manifest: dict[str, Any], rank: int, world_size: int) -> None:
+        self.root = root
+        self.final = checkpoint_path(root, iteration)
+        self.iteration = iteration
+        self.manifest = manifest
+        self.rank, self.world_size = rank, world_size
+        self.temporary: Path | None = None  # known on the coordinator; the others get it with their plans
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to do: an instance serves one save."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the directory is made with the global plan."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The planner's plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the temporary directory (coordinator only) and tell all ranks its name."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        sweep(self.root)
+        self.temporary = self.root / f"{self.final.name}.tmp-{uuid.uuid4().hex[:8]}"
+        self.temporary.mkdir()
+        return [replace(plan, storage_data=self.temporary.name) for plan in plans]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file, fsync included; ranks whose plan is empty write none."""
+        items = [item for item in plan.items if _num_elements(item)]
+        results = []
+        if items:
+            # Larger elements first keeps every tensor aligned.
+            items.sort(key=lambda item: (-_dtype(item).itemsize, _key(item)))
+            stored = _write_shard(
+                self.root / plan.storage_data / shard_name(self.rank, self.world_size), items, planner
+            )
+            results = [WriteResult(item.index, _nbytes(item), (stored, _chunk_entry(item, stored))) for item in items]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the manifest and publish the checkpoint (coordinator only)."""
+        assert self.temporary is not None
+        files: dict[str, StoredFile] = {}
+        chunks: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for result in (result for of_rank in results for result in of_rank):
+            stored, chunk = result.storage_data
+            files[stored.name] = stored
+            chunks[result.index.fqn].append(chunk)
+        tensors = {}
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata), name
+            dtype = DTYPE_NAMES[tensor.properties.dtype]
+            tensors[name] = {"dtype": dtype, "shape": list(tensor.size), "chunks": chunks[name]}
+        manifest = self.manifest | {
+            "format_version": FORMAT_VERSION,
+            "iteration": self.iteration,
+            "files": {f.name: {"bytes": f.nbytes, CHECKSUM_ALGORITHM: f.checksum} for f in files.values()},
+            "tensors": tensors,
+        }
+        write_durably(self.temporary / MANIFEST, encode_manifest(manifest))
+        publish_directory(self.temporary, self.final)
+        publish_bytes(self.root / HINT, f"{self.iteration}\n".encode())
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """False: torch is not to choose this storage by itself."""
+        return False
+
+
+def _dtype(item: WriteItem) -> torch.dtype:
+    assert item.tensor_data is not None, f"{item.index.fqn} is not a tensor"
+    return item.tensor_data.properties.dtype
+
+
+def _num_elements(item: WriteItem) -> int:
+    assert item.tensor_data is not None, f"{item.index.fqn} is not a tensor"
+    return math.prod(item.tensor_data.chunk.sizes)
+
+
+def _nbytes(item: WriteItem) -> int:
+    return _num_elements(item) * _dtype(item).itemsize
+
+
+def _key(item: WriteItem) -> str:
+    """Name of the chunk inside its file."""
+    assert item.tensor_data is not None
+    if item.tensor_data.chunk.sizes == item.tensor_data.size:
+        return item.index.fqn
+    return f"{item.index.fqn}@{','.join(map(str, item.tensor_data.chunk.offsets))}"
+
+
+def _chunk_entry(item: WriteItem, stored: StoredFile) -> dict[str, Any]:
+    assert item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    return {"file": stored.name, "key": _key(item), "offsets": list(chunk.offsets), "sizes": list(chunk.sizes)}
+
+
+def _write_shard(path: Path, items: list[WriteItem], planner: SavePlanner) -> StoredFile:
+    """Write header and tensors one after another, straight from their memory, and wait for the disk."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for item in items:
+        assert item.tensor_data is not None
+        header[_key(item)] = {
+            "dtype": DTYPE_NAMES[_dtype(item)],
+            "shape": list(item.tensor_data.chunk.sizes),
+            "data_offsets": [position, position + _nbytes(item)],
+        }
+        position += _nbytes(item)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the tensors to start at a multiple of 8
+    checksum = 0
+    with path.open("wb") as file:
+        for block in _blocks([len(text).to_bytes(8, "little"), text], items, planner):
+            file.write(block)
+            checksum = zlib.crc32(block, checksum)
+        file.flush()
+        os.fsync(file.fileno())
+        nbytes = file.tell()
+    assert nbytes == 8 + len(text) + position, path
+    return StoredFile(path.name, nbytes, checksum)
+
+
+def _blocks(prefix: list[bytes], items: list[WriteItem], planner: SavePlanner) -> Iterable[bytes | memoryview]:
+    """The bytes of a shard in order; only one tensor at a time is copied from a GPU."""
+    yield from prefix
+    for item in items:
+        tensor = planner.resolve_data(item)
+        assert isinstance(tensor, torch.Tensor)
+        content = _bytes_of(tensor.detach().cpu().contiguous())
+        for start in range(0, len(content), WRITE_BYTES):
+            yield content[start : start + WRITE_BYTES]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class SafetensorsReader(StorageReader):
+    """Reads the byte ranges that this rank needs from the files that hold them.
+
+    Args:
+        path: Directory of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        check_file_sizes(path, self.manifest)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to do: an instance serves one load."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What torch's planner needs: shape, dtype and chunks of each tensor."""
+        tensors = {}
+        for name, entry in self.manifest["tensors"].items():
+            chunks = [ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["sizes"])) for c in entry["chunks"]]
+            properties = TensorProperties(dtype=DTYPES[entry["dtype"]])
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+        return Metadata(state_dict_metadata=tensors)  # type: ignore[arg-type]
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Index the chunks by tensor name and offsets."""
+        self.chunks = {
+            (name, torch.Size(chunk["offsets"])): chunk
+            for name, entry in self.manifest["tensors"].items()
+            for chunk in entry["chunks"]
+        }
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The planner's plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The planner's plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read everything in `plan` into the tensors of the planner."""
+        by_file: dict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            by_file[self._chunk(item)["file"]].append(item)
+        for name, items in by_file.items():
+            with (self.path / name).open("rb", buffering=0) as file:
+                header, data_start = _read_header(self.path / name, file)
+                for item in items:
+                    target = planner.resolve_tensor(item).detach()
+                    dtype = self.manifest["tensors"][item.storage_index.fqn]["dtype"]
+                    start = data_start + _data_offset(file, header, self._chunk(item), dtype)
+                    _read_item(file, start, self._chunk(item)["sizes"], DTYPES[dtype], item, target)
+                    planner.commit_tensor(item, target)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _chunk(self, item: ReadItem) -> dict[str, Any]:
+        assert item.storage_index.offset is not None
+        chunk: dict[str, Any] = self.chunks[item.storage_index.fqn, item.storage_index.offset]
+        return chunk
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """False: torch is not to choose this storage by itself."""
+        return False
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Header of a safetensors file and the position of its first tensor."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+        raise CheckpointError(f"{path} is damaged: its header would have {length} bytes; use another checkpoint")
+    content = bytearray(length)
+    _read_into(file, memoryview(content))
+    try:
+        header = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its header is not JSON ({error}); use another checkpoint") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is damaged: its header is not a JSON object; use another checkpoint")
+    return header, 8 + length
+
+
+def _data_offset(file: BinaryIO, header: dict[str, Any], chunk: dict[str, Any], dtype: str) -> int:
+    """Position of a chunk after the header, once the header agrees with the manifest."""
+    entry = header.get(chunk["key"])
+    if not isinstance(entry, dict) or entry.get("dtype") != dtype or entry.get("shape") != chunk["sizes"]:
+        raise CheckpointError(f"{file.name} does not hold {chunk['key']} as the manifest says; use another checkpoint")
+    nbytes = math.prod(chunk["sizes"]) * DTYPES[dtype].itemsize
+    match entry.get("data_offsets"):
+        case [int(start), int(end)] if start >= 0 and end - start == nbytes:
+            return start
+    raise CheckpointError(f"{file.name} is damaged: {chunk['key']} has impossible offsets; use another checkpoint")
+
+
+def _read_item(
+    file: BinaryIO, start: int, sizes: list[int], dtype: torch.dtype, item: ReadItem, target: torch.Tensor
+) -> None:
+    """Read the part of a chunk of shape `sizes` at `start` that `item` wants into `target`.
+
+    Whole rows are read; straight into `target` where it wants them whole and lies in CPU memory.
+    """
+    offsets, lengths = list(item.storage_offsets), list(item.lengths)
+    if not sizes:  # 0-dimensional
+        sizes, offsets, lengths = [1], [0], [1]
+    direct = lengths[1:] == sizes[1:] and target.device.type == "cpu" and target.is_contiguous()
+    rows = target if direct else torch.empty([lengths[0], *sizes[1:]], dtype=dtype)
+    file.seek(start + offsets[0] * math.prod(sizes[1:]) * dtype.itemsize)
+    _read_into(file, _bytes_of(rows))
+    if not direct:
+        for dimension in range(1, len(sizes)):
+            rows = rows.narrow(dimension, offsets[dimension], lengths[dimension])
+        target.copy_(rows.view(target.shape) if target.ndim == 0 else rows)
+
+
+def _read_into(file: BinaryIO, target: memoryview) -> None:
+    while target:
+        count = file.readinto(target)  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"{file.name} ends too early; use another checkpoint")
+        target = target[count:]
