@@ -1,6 +1,6 @@
 """Last step of the quickstart: compares the trained model with the unigram and fills held-out spans in.
 
-    python examples/quickstart_report.py --load runs/tiny --minimum-gain 0.3
+python examples/quickstart_report.py --load runs/tiny --minimum-gain 0.3
 """
 
 import argparse
@@ -79,7 +79,11 @@ def examples(model: T5Model, data: TrainingData, count: int) -> Iterator[tuple[s
     batch = data.valid.batch(np.arange(count))
     inputs = torch.from_numpy(batch.encoder_input_ids)
     outputs = greedy_decode(
-        model, inputs, max_length=data.valid.decoder_length, start_id=data.special.decoder_start_id, eos_id=data.special.eos_id
+        model,
+        inputs,
+        max_length=data.valid.decoder_length,
+        start_id=data.special.decoder_start_id,
+        eos_id=data.special.eos_id,
     )
     for row, output, label in zip(inputs.tolist(), outputs.tolist(), batch.labels.tolist(), strict=True):
         yield filled_in(row, spans(output, data), data), filled_in(row, spans(label, data), data)
@@ -111,7 +115,9 @@ def main() -> None:
     print(f"validation loss per noise token ({result.num_noise_tokens:,} tokens, {num_samples:,} samples):")
     print(f"  unigram  {unigram:.3f} nats\n  model    {result.noise_lm_loss:.3f} nats, {gain:.3f} lower")
     if gain < arguments.minimum_gain:
-        raise UserError(f"the model is only {gain:.3f} nat below the unigram; {arguments.minimum_gain} was to be reached")
+        raise UserError(
+            f"the model is only {gain:.3f} nat below the unigram; {arguments.minimum_gain} was to be reached"
+        )
 
 
 if __name__ == "__main__":

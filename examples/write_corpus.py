@@ -10,11 +10,9 @@ import argparse
 import ast
 import hashlib
 import json
-import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-
 from pydoc_data import topics
 
 MIN_CHARACTERS = 200  # shorter documents are mostly headings
@@ -56,7 +54,7 @@ def main() -> None:
     with temporary.open("w", encoding="utf-8") as file:
         for text in ordered:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    os.replace(temporary, output)
+    temporary.replace(output)
     print(f"wrote {len(ordered):,} documents, {output.stat().st_size / 1e6:.1f} MB, to {output}")
 
 

@@ -1,6 +1,6 @@
 """Draws the loss curves of one or more runs from their metrics files.
 
-    python tools/plot_metrics.py --output loss.png runs/a/metrics.jsonl [runs/b/metrics.jsonl ...]
+python tools/plot_metrics.py --output loss.png runs/a/metrics.jsonl [runs/b/metrics.jsonl ...]
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """Configuration dataclasses: the single truth behind the command-line flags.
 
-Each field is one flag in Megatron-LM's spelling (`hidden_size` is `--hidden-size`); the string under a
-field is its `--help` text. `None` means "derive it", and `__post_init__` derives what can be derived from
-the same dataclass and refuses what cannot work. Nothing here imports torch, so that `--help` is quick.
+Each field is one flag in Megatron-LM's spelling (`hidden_size` is `--hidden-size`); the string under a field is its
+`--help` text. A default of `None` means "derive it": `__post_init__` derives what can be derived from the same
+dataclass, so that fields typed without `None` always have a value, and refuses what cannot work. Nothing here imports
+torch, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -13,21 +14,15 @@ from typing import Any, Literal
 from megatron.core.errors import UserError
 
 
-def option(
-    default: Any = None, *, aliases: tuple[str, ...] = (), negative: str | None = None, factory: Any = None
-) -> Any:
-    """A config field that has more spellings than its own name.
+def option(default: Any = None, *, aliases: tuple[str, ...] = (), negative: str | None = None) -> Any:
+    """A config field that has more spellings than its own name, or whose default is derived.
 
     Args:
-        default: Default value; ignored when `factory` is given.
+        default: Default value.
         aliases: Further flags that set the same field, e.g. `("--seq-length",)`.
         negative: For booleans, the flag that sets False; `--no-<name>` when not given.
-        factory: Default factory for mutable defaults.
     """
-    metadata = {"aliases": aliases, "negative": negative}
-    if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"aliases": aliases, "negative": negative})
 
 
 def flag_name(field_name: str) -> str:
@@ -59,17 +54,17 @@ Activation = Literal["relu", "gelu", "gated-gelu", "gated-silu"]
 class ModelConfig:
     """Architecture of the encoder-decoder: everything that decides shapes or the function computed."""
 
-    encoder_num_layers: int | None = option(aliases=("--num-layers",))
+    encoder_num_layers: int = option(aliases=("--num-layers",))
     """Transformer layers of the encoder."""
-    decoder_num_layers: int | None = None
+    decoder_num_layers: int = option()
     """Transformer layers of the decoder. Default: as many as the encoder has."""
-    hidden_size: int | None = None
+    hidden_size: int = option()
     """Width of the residual stream (d_model)."""
-    num_attention_heads: int | None = None
+    num_attention_heads: int = option()
     """Attention heads of each layer."""
-    kv_channels: int | None = None
+    kv_channels: int = option()
     """Width of one head (d_kv). Heads x width need not equal the hidden size. Default: hidden size / heads."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: int = option()
     """Inner width of the feed-forward block (d_ff). Default: 4 x hidden size, or 8/3 x rounded up to 64 when gated."""
     activation_function: Activation = "gated-gelu"
     """Feed-forward activation; the gated ones have two input projections. gelu is the tanh form, as in T5."""
@@ -81,7 +76,7 @@ class ModelConfig:
     """Give linear layers a bias (T5 has none)."""
     share_embeddings_and_output_weights: bool = option(False, negative="--untie-embeddings-and-output-weights")
     """Use the word embedding as output projection too (T5 v1.0)."""
-    scale_logits: bool | None = None
+    scale_logits: bool = option()
     """Multiply the decoder output by hidden_size**-0.5 before the head. Default: only when the head is tied, as T5."""
     position_embedding_type: PositionEmbedding = "relative"
     """Position information: T5's relative bias, learned absolute, rotary (self-attention), or none."""
@@ -98,11 +93,11 @@ class ModelConfig:
     scale_attention_scores: bool = False
     """Divide attention scores by sqrt(kv_channels); T5 does not."""
     hidden_dropout: float = 0.0
-    """Dropout after embeddings, sub-layers, the feed-forward activation and the final norms (0 in T5 v1.1 pretraining)."""
+    """Dropout after embeddings, sub-layers, the feed-forward activation and the final norms."""
     attention_dropout: float = 0.0
     """Dropout on attention probabilities."""
     init_method_std: float | None = None
-    """Draw every matrix from N(0, std), residual outputs from N(0, std / sqrt(2 layers)). Default: T5X's initialisation."""
+    """Draw matrices from N(0, std), residual outputs from N(0, std / sqrt(2 layers)). Default: T5X's initialisation."""
     vocab_size: int | None = None
     """Ids the tokenizer uses, sentinels included. Default: taken from the tokenizer."""
     make_vocab_size_divisible_by: int = 128
@@ -190,7 +185,7 @@ class ComputeConfig:
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Implementation of the layers."""
     attention_backend: Literal["auto", "sdpa", "unfused"] = "auto"
-    """auto takes torch's scaled_dot_product_attention on GPUs and plain matrix products on CPUs, where they are faster."""
+    """auto: torch's scaled_dot_product_attention on GPUs, plain matrix products on CPUs, where they are faster."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute in the backward pass: whole layers (full) or the attention scores (selective)."""
 
@@ -221,7 +216,7 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split activations along the sequence over the tensor-parallel ranks. This version runs without."""
     data_parallel_sharding_strategy: Literal["no_shard", "optim_grads", "optim_grads_params"] | None = None
-    """What data-parallel ranks divide among them; parameters too is the slowest and smallest. Default: by model size."""
+    """What data-parallel ranks divide among them (each further part saves memory and costs time). Default: by size."""
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library. Default: nccl on GPUs, gloo on CPUs."""
     distributed_timeout_minutes: float = 10.0
@@ -241,8 +236,8 @@ class OptimizerConfig:
     """Optimizer, learning-rate schedule and the regularisers of the loss."""
 
     optimizer: Literal["adamw", "adamw-scale", "adafactor"] = "adamw-scale"
-    """adamw-scale multiplies AdamW's step by each matrix's RMS, which T5 needs to train from scratch; adafactor is T5X's."""
-    lr: float | None = None
+    """adamw-scale is AdamW with steps multiplied by each matrix's RMS, which T5 needs from scratch; adafactor is T5X's."""
+    lr: float = option()
     """Peak learning rate. Default: 2e-2 for adamw-scale, 1e-2 for adafactor, 1e-4 for adamw."""
     min_lr: float = 0.0
     """The schedule never goes below this."""
@@ -272,7 +267,7 @@ class OptimizerConfig:
     """Decay of the first moment."""
     adam_beta2: float = 0.999
     """Decay of the second moment."""
-    adam_eps: float | None = None
+    adam_eps: float = option()
     """Added to the root of the second moment. Default: 1e-6 for adamw-scale, 1e-8 for adamw."""
     adafactor_decay_rate: float = 0.8
     """Adafactor: the second moment's decay at step t is 1 - t**-rate."""
@@ -306,10 +301,14 @@ class TokenizerConfig:
 
     tokenizer_type: (
         Literal[
-            "SentencePieceTokenizer", "HuggingFaceTokenizer", "BertWordPieceCase", "BertWordPieceLowerCase", "ByteTokenizer"
+            "SentencePieceTokenizer",
+            "HuggingFaceTokenizer",
+            "BertWordPieceCase",
+            "BertWordPieceLowerCase",
+            "ByteTokenizer",
         ]
         | None
-    ) = None  # fmt: skip
+    ) = None
     """Kind of tokenizer. Default: the one that travels with the data, or told by the file's name."""
     tokenizer_model: str | None = None
     """SentencePiece model file or Hugging Face tokenizer.json (or the directory that holds it)."""
@@ -327,7 +326,7 @@ class TokenizerConfig:
 class DataConfig:
     """The corpus and the objective."""
 
-    data_path: list[str] = option(factory=list)
+    data_path: list[str] = field(default_factory=list)
     """Prefix of an indexed dataset (<prefix>.bin and .idx, or <prefix>_text_document.bin and .idx)."""
     split: str = "969,30,1"
     """Shares of the documents for training, validation and test."""

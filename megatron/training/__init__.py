@@ -1,0 +1,1 @@
+"""The training program: run configuration, flags, the loop, evaluation, metrics, checkpoints of a run."""

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import sys
 import textwrap
 import types
@@ -78,7 +79,7 @@ def _field_docstrings(config_class: type) -> dict[str, str]:
     """The string literal under each field of a dataclass."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             docs[statement.target.id] = following.value.value  # type: ignore[union-attr, attr-defined]
     return docs
@@ -121,9 +122,19 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Parser whose namespace holds only the flags that were given."""
-    parser = _Parser(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]", description="Pretrain a T5 model.")
-    parser.add_argument("--preset", choices=sorted(PRESETS), metavar="NAME", help=f"published shape: {', '.join(PRESETS)}")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of flag names and values; flags on the command line win")
+    parser = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [flags]",
+        description="Pretrain a T5 model.",
+    )
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), metavar="NAME", help=f"published shape: {', '.join(PRESETS)}"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of flag names and values; flags on the command line win"
+    )
     parser.add_argument("--print-config", action="store_true", help="print every value, where it came from, and exit")
     groups: dict[str, Any] = {}
     for option in options():
@@ -171,7 +182,7 @@ def _convert(option: Option, value: Any, origin: str) -> Any:
         if renamed not in option.choices:
             raise UserError(f"{origin} is {value!r}; choose from {', '.join(option.choices)}")
         return renamed
-    if isinstance(value, bool) or isinstance(value, list | dict):
+    if isinstance(value, bool | list | dict):
         raise UserError(f"{origin} is {value!r}; it must be {_KIND[option.type]}")
     try:
         number = option.type(value)
@@ -247,7 +258,8 @@ def _ineffective(config: RunConfig, sources: dict[str, str]) -> Iterator[str]:
     if optimizer.optimizer == "adafactor":
         for name in sorted(given & {"adam_beta1", "adam_beta2", "adam_eps"}):
             yield f"{flag_name(name)} has no effect with --optimizer adafactor"
-    if optimizer.optimizer == "adamw-scale" and "optimizer" not in given and "lr" in given and optimizer.lr < 1e-3:  # type: ignore[operator]
+    small_lr = "lr" in given and optimizer.lr < 1e-3
+    if optimizer.optimizer == "adamw-scale" and "optimizer" not in given and small_lr:
         yield (
             f"--lr {optimizer.lr:g} is meant for plain Adam; the default --optimizer adamw-scale multiplies each step by "
             "the weights' RMS and wants about 2e-2 (give --optimizer adam for Megatron-LM's behaviour)"
@@ -293,9 +305,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> Parsed
     return ParsedArguments(config, sources, warnings)
 
 
-def _assemble(
-    layers: dict[str, dict[str, Any]], by_name: dict[str, Option]
-) -> tuple[RunConfig, dict[str, str]]:
+def _assemble(layers: dict[str, dict[str, Any]], by_name: dict[str, Option]) -> tuple[RunConfig, dict[str, str]]:
     """Merge the layers (later ones win) into a configuration; also tell each field's source."""
     merged: dict[str, Any] = {}
     sources = dict.fromkeys(by_name, "default")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 import megatron
 from megatron.core.dist_checkpointing import latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
 from megatron.core.errors import UserError
+from megatron.core.file_utils import publish_bytes
 from megatron.core.optimizer import Optimizer
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.config import CheckpointConfig, RunConfig
@@ -102,6 +102,4 @@ def resume(path: Path, tensors: dict[str, torch.Tensor], config: RunConfig) -> P
 
 def mark_finished(save: str, progress: Progress) -> None:
     """Leave the marker that tells a finished run from one that was stopped (see the exit codes in the README)."""
-    temporary = Path(save, FINISHED_MARKER + ".tmp")
-    temporary.write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
-    os.replace(temporary, Path(save, FINISHED_MARKER))
+    publish_bytes(Path(save, FINISHED_MARKER), (json.dumps(asdict(progress)) + "\n").encode())

@@ -14,7 +14,6 @@ from megatron.core.config import (
     ParallelConfig,
     TokenizerConfig,
     flag_name,
-    option,
     require_positive,
 )
 from megatron.core.errors import UserError

@@ -76,9 +76,7 @@ def open_data(config: RunConfig) -> TrainingData:
     tokenizer = resolve_tokenizer(indexed, config.tokenizer)
     special = SpecialTokens.from_tokenizer(tokenizer)
     datasets = build_datasets(config.data, indexed, special, config.training.seed)
-    return TrainingData(
-        indexed, tokenizer, special, datasets.train, datasets.valid, datasets.test, datasets.warnings
-    )
+    return TrainingData(indexed, tokenizer, special, datasets.train, datasets.valid, datasets.test, datasets.warnings)
 
 
 def fit_vocabulary(config: RunConfig, tokenizer: Tokenizer, given: bool) -> None:

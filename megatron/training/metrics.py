@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron.core.errors import UserError
+from megatron.core.file_utils import publish_bytes
 from megatron.training.config import LoggingConfig
 
 # Dense bf16 peaks in TFLOP/s from the vendors' data sheets, by a part of torch's device name. A device that is not
@@ -67,9 +67,7 @@ class JsonlSink:
                 keep = False  # the last line of a run that was killed while writing it
             if keep:
                 kept.append(line + "\n")
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        publish_bytes(path, "".join(kept).encode())
 
     def write(self, row: dict[str, Any]) -> None:
         """Append `row` and flush, so that a kill loses nothing that was reported."""
@@ -88,7 +86,9 @@ class TensorBoardSink:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("--tensorboard-dir needs the package tensorboard; install it or leave the flag out") from None
+            raise UserError(
+                "--tensorboard-dir needs the package tensorboard; install it or leave the flag out"
+            ) from None
         self._writer = SummaryWriter(directory)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -64,12 +64,12 @@ class Trainer:
         self.num_microbatches = training.num_microbatches(context.dp_size)
         self.global_batch_size = training.micro_batch_size * context.dp_size * self.num_microbatches
         self.total_iterations = run_length(config, self.global_batch_size, data.train.windows_per_epoch)
-        by_samples = training.train_samples is not None
-        self.samples_per_lr_unit = 1 if by_samples else self.global_batch_size
+        # Progress of the schedule is counted in samples when the length of the run is.
+        self.lr_unit_samples = self.global_batch_size if training.train_samples is None else 1
         self.schedule = LearningRateSchedule(
             config.optimizer,
-            total=training.train_samples if by_samples else self.total_iterations,
-            unit="samples" if by_samples else "iterations",
+            total=training.train_samples or self.total_iterations,
+            unit="iterations" if training.train_samples is None else "samples",
         )
         self.model, self.data_parallel = build_model(config, context)
         self.parameters = list(self.model.parameters())
@@ -122,7 +122,10 @@ class Trainer:
             self.optimizer.step(self.window.learning_rate)
         else:
             self.progress.skipped_iterations += 1
-            warn(f"step {self.progress.iteration + 1}: gradient norm is {norm.item()}, step skipped", self.context.is_main)
+            warn(
+                f"step {self.progress.iteration + 1}: gradient norm is {norm.item()}, step skipped",
+                self.context.is_main,
+            )
         self.optimizer.zero_grad()
         self.progress.iteration += 1
         self.progress.consumed_samples += self.global_batch_size
@@ -130,7 +133,7 @@ class Trainer:
 
     def _lr_position(self, iteration: int) -> int:
         """The schedule's argument at the given step: the step, or the samples consumed by its end."""
-        return iteration * self.global_batch_size // self.samples_per_lr_unit
+        return iteration * self.global_batch_size // self.lr_unit_samples
 
     def _seed_dropout(self) -> None:
         """Dropout masks are a function of (seed, step, rank), so that resuming needs no generator state."""

@@ -179,7 +179,7 @@ def test_megatron_t5_220m_arguments(wordpiece_dataset: Path, wordpiece_vocab: Pa
     assert config["model"]["init_method_std"] == 0.015 and config["compute"]["bf16"]
     assert config["optimizer"]["weight_decay"] == 0.01 and config["data"]["decoder_seq_length"] == 128
     rates = rows(tmp_path / "S/metrics.jsonl", "learning_rate")
-    # A warmup of 0.01 x 10 steps is over before the first; then linear from 1e-4 at the warmup's end to 1e-5 at step 10.
+    # The warmup of 0.01 x 10 steps is over before the first; then it is linear from 1e-4 to 1e-5 at step 10.
     assert rates == pytest.approx({i: 1e-5 + 9e-5 * (10 - i) / 9.9 for i in range(1, 5)})
     refused = launch([*arguments, "--transformer-impl", "transformer_engine"])
     assert refused.returncode == 1 and "transformer" in refused.stderr and refused.stderr.count("\n") == 1
@@ -234,19 +234,23 @@ def test_damaged_datasets_are_refused(byte_dataset: Path, tmp_path: Path, damage
         (["--data-path", "/nowhere/corpus"], "/nowhere/corpus"),
         ([], "--data-path is missing"),
         (["--data-path", "DATA", "--global-batch-size", "12"], "--global-batch-size 12 is not a multiple"),
-        (["--data-path", "DATA", "--encoder-seq-length", "200000", "--vocab-extra-ids", "100"], "--vocab-extra-ids is 100"),
+        (
+            ["--data-path", "DATA", "--encoder-seq-length", "200000", "--vocab-extra-ids", "100"],
+            "--vocab-extra-ids is 100",
+        ),
         (["--data-path", "DATA", "--seq-length", "160000", "--mean-noise-span-length", "2000"], "one sample takes"),
         (["--data-path", "DATA", "--seq-length", "2048", "--mean-noise-span-length", "1.1"], "sentinels"),
         (["--data-path", "DATA", "--decoder-seq-length", "5"], "--decoder-seq-length is 5"),
-        (["--data-path", "DATA", "--tokenizer-type", "BertWordPieceCase", "--vocab-file", "VOCAB"], "is not the one that"),
+        (
+            ["--data-path", "DATA", "--tokenizer-type", "BertWordPieceCase", "--vocab-file", "VOCAB"],
+            "is not the one that",
+        ),
         (["--data-path", "DATA", "--vocab-size", "100"], "--vocab-size is 100"),
         (["--data-path", "DATA", "--load", "/nowhere/run"], "--load /nowhere/run holds no checkpoint"),
         (["--data-path", "DATA", "--distributed-backend", "nccl"], "nccl needs GPUs"),
     ],
 )
-def test_mistakes_are_one_line(
-    byte_dataset: Path, wordpiece_vocab: Path, arguments: list[str], message: str
-) -> None:
+def test_mistakes_are_one_line(byte_dataset: Path, wordpiece_vocab: Path, arguments: list[str], message: str) -> None:
     names = {"DATA": str(byte_dataset), "VOCAB": str(wordpiece_vocab)}
     given = [names.get(word, word) for word in arguments]
     _expect_one_line([*TINY, "--train-iters", "2", *given], message)
