@@ -12,7 +12,7 @@ import io
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.core.datasets.corpus_reader import find_sources, parse_records, read_chunks
@@ -92,13 +92,13 @@ def cut_lines(text: str, max_bytes: int = MAX_SENTENCE_BYTES) -> Iterator[str]:
             yield rest
 
 
-def sample(lines: Iterator[str], size: int, seed: int) -> Iterable[str]:
+def sample(lines: Iterator[str], size: int, seed: int) -> list[str]:
     """A uniform sample of `size` lines (reservoir sampling), all of them when `size` is 0.
 
     SentencePiece can sample too, but its generator is not seeded alike in two processes.
     """
     if size == 0:
-        return lines
+        return list(lines)
     generator = random.Random(seed)
     reservoir: list[str] = []
     for seen, line in enumerate(lines):
@@ -117,18 +117,11 @@ def train(flags: argparse.Namespace) -> bytes:
     """
     import sentencepiece
 
-    failure: list[UserError] = []
-
-    def lines() -> Iterator[str]:
-        try:
-            yield from iterate_lines(flags)
-        except UserError as error:  # SentencePiece turns what the iterator raises into its own error
-            failure.append(error)
-
+    lines = sample(iterate_lines(flags), flags.input_sentence_size, flags.seed)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sample(lines(), flags.input_sentence_size, flags.seed)),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type=flags.model_type,
             vocab_size=flags.vocab_size,
@@ -140,9 +133,7 @@ def train(flags: argparse.Namespace) -> bytes:
             minloglevel=1,
         )  # fmt: skip
     except RuntimeError as error:
-        raise (failure[0] if failure else UserError(explain(str(error), flags))) from error
-    if failure:
-        raise failure[0]
+        raise UserError(explain(str(error), flags)) from error
     return model.getvalue()
 
 
