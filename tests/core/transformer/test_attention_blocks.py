@@ -1,0 +1,128 @@
+"""Attention backends, masks without visible keys, rotary positions, norms, feed-forward, dropout."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.core.config import ModelConfig
+from megatron.core.parameters import initialize_parameters
+from megatron.core.transformer.attention import sdpa_attention, unfused_attention
+from megatron.core.transformer.attention_bias import MASKED_SCORE, masked_bias, visible_keys
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.norm import LayerNorm, RMSNorm
+from megatron.core.transformer.rotary import apply_rotary, rotary_angles
+
+
+def config(**fields):
+    sizes = {"encoder_num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 8}
+    return ModelConfig(**{**sizes, **fields})
+
+
+def attention_inputs(seed, b, n, q, k, d, bias_batch):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()  # noqa: E731
+    return draw(b, n, q, d), draw(b, n, k, d), draw(b, n, k, d), draw(bias_batch, n, q, k)
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    seed=st.integers(0, 99), b=st.integers(1, 3), q=st.integers(1, 9), k=st.integers(1, 9), shared=st.booleans(),
+    scale=st.sampled_from([1.0, 0.25]),
+)  # fmt: skip
+def test_backends_agree(seed, b, q, k, shared, scale):
+    inputs = attention_inputs(seed, b, 2, q, k, 4, 1 if shared else b)
+    results = []
+    for attention in (unfused_attention, sdpa_attention):
+        output = attention(*inputs, scale, 0.0)
+        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("attention", [unfused_attention, sdpa_attention])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_visible_keys_stay_finite(attention, dtype):
+    query, key, value, bias = (x.detach().to(dtype).requires_grad_() for x in attention_inputs(0, 2, 2, 5, 5, 4, 1))
+    segments = torch.tensor([[1, 1, 2, 0, 0], [0, 0, 0, 0, 0]])
+    output = attention(query, key, value, masked_bias(bias, visible_keys(segments, segments), dtype), 1.0, 0.0)
+    (output * (segments > 0)[:, None, :, None]).sum().backward()
+    assert output.isfinite().all()
+    for tensor in (query, key, value, bias):
+        assert tensor.grad.isfinite().all()
+    assert query.grad[1].eq(0).all() and value.grad[1].eq(0).all() and value.grad[0, :, 3:].eq(0).all()
+
+
+def test_masked_keys_have_no_weight():
+    query, key, value, bias = attention_inputs(1, 1, 2, 3, 6, 4, 1)
+    mask = torch.tensor([[True, True, False, True, False, False]])
+    output = unfused_attention(query, key, value, masked_bias(bias, visible_keys(None, None, mask), bias.dtype), 1, 0.0)
+    short = (x[:, :, mask[0]] for x in (key, value))
+    torch.testing.assert_close(output, unfused_attention(query, *short, bias[..., mask[0]], 1.0, 0.0))
+
+
+def test_masks_keep_size_one_dimensions():
+    mask = torch.tensor([[True, False]])
+    assert masked_bias(None, None, torch.float32) is None
+    bias = torch.zeros(1, 3, 2, 2)
+    assert masked_bias(bias, None, torch.float32) is bias
+    assert masked_bias(None, visible_keys(None, None, mask), torch.float32).tolist() == [[[[0.0, MASKED_SCORE]]]]
+
+
+def test_segments_on_one_side_only_are_refused():
+    with pytest.raises(ValueError, match="for the encoder and the decoder, or for neither"):
+        visible_keys(torch.ones(1, 2), None)
+
+
+def test_rotary_scores_depend_on_the_difference_of_positions_only():
+    rope = config(position_embedding_type="rope", kv_channels=8, rotary_percent=0.5)
+    angles = rotary_angles(rope, 12, torch.device("cpu"), torch.float64)
+    query, key = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rotated_query = apply_rotary(query.expand(1, 12, 1, 8), angles)[0, :, 0]
+    rotated_key = apply_rotary(key.expand(1, 12, 1, 8), angles)[0, :, 0]
+    assert torch.equal(rotated_query[:, 4:], query[4:].expand(12, 4))  # the other half passes
+    assert not torch.allclose(rotated_query[1, :4], query[:4])
+    scores = rotated_query @ rotated_key.T
+    for offset in range(-11, 12):
+        diagonal = scores.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    torch.testing.assert_close(scores[0, 0], query @ key)
+
+
+def test_rms_norm_takes_fp32_statistics_and_multiplies_after_the_cast():
+    norm = RMSNorm(64, 1e-6)
+    initialize_parameters(norm, seed=0)
+    norm.weight.data.copy_(torch.linspace(0.5, 2.0, 64))
+    x = (300 * torch.randn(3, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+    wide = x.float()
+    expected = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).bfloat16() * norm.weight.bfloat16()
+    assert torch.equal(norm(x), expected)
+
+
+def test_layer_norm_starts_as_standardisation():
+    norm = LayerNorm(64, 1e-5)
+    initialize_parameters(norm, seed=0)
+    x = 3 + 2 * torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gated-gelu", "gated-silu"])
+def test_mlp_equals_its_unfused_matrices(activation):
+    mlp = MLP(config(activation_function=activation, ffn_hidden_size=20), num_layers=1).double()
+    initialize_parameters(mlp, seed=0)
+    act = {
+        "relu": torch.relu,
+        "gelu": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+        "gated-gelu": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+        "gated-silu": lambda y: y * torch.sigmoid(y),
+    }[activation]
+    x = torch.randn(2, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wi = mlp.wi.weight
+    if activation.startswith("gated"):
+        assert wi.shape == (40, 16)
+        inner = act(x @ wi[0::2].T) * (x @ wi[1::2].T)
+    else:
+        assert wi.shape == (20, 16)
+        inner = act(x @ wi.T)
+    torch.testing.assert_close(mlp(x), inner @ mlp.wo.weight.T)
