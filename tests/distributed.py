@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 # The fork server imports these once; every rank is then a fork of it and starts in a few milliseconds.
-PRELOAD = ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"]
+# torch._dynamo takes seconds and is imported by FSDP2's first use.
+PRELOAD = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"]
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -64,7 +66,7 @@ def _collect(pipes: list[Any], processes: list[Any], timeout: float) -> list[Any
         for pipe in ready:
             rank = waiting[id(pipe)]
             try:
-                succeeded, value = pipe.recv()  # type: ignore[union-attr]
+                succeeded, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join()
                 message = f"rank {rank} died with exit code {processes[rank].exitcode}"
@@ -98,8 +100,8 @@ def _rank_main(
         result = fn(rank, *args)
         dist.barrier()  # gloo aborts a rank whose peer has already destroyed its group
         dist.destroy_process_group()
-        sender.send((True, result))
+        sender.send_bytes(pickle.dumps((True, result)))  # not send(): it shares tensors, which end with this process
     except BaseException:
-        sender.send((False, traceback.format_exc()))
+        sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
         sender.close()
         os._exit(1)  # the process group cannot be torn down in order any more

@@ -66,7 +66,8 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """JSON text of `manifest` with a checksum of itself."""
+    """JSON text of `manifest` with a checksum of itself; one line for each key."""
+    manifest = json.loads(json.dumps(manifest))  # as it will be read: keys are strings, tuples are lists
     complete = manifest | {"manifest_checksum": zlib.crc32(_canonical(manifest))}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in complete.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()

@@ -131,13 +131,14 @@ class SafetensorsWriter(StorageWriter):
             assert isinstance(tensor, TensorStorageMetadata), name
             dtype = DTYPE_NAMES[tensor.properties.dtype]
             tensors[name] = {"dtype": dtype, "shape": list(tensor.size), "chunks": chunks[name]}
-        manifest = self.manifest | {
+        own = {
             "format_version": FORMAT_VERSION,
             "iteration": self.iteration,
             "files": {f.name: {"bytes": f.nbytes, CHECKSUM_ALGORITHM: f.checksum} for f in files.values()},
             "tensors": tensors,
         }
-        write_durably(self.temporary / MANIFEST, encode_manifest(manifest))
+        assert not own.keys() & self.manifest.keys(), "the manifest may not use the keys of the format"
+        write_durably(self.temporary / MANIFEST, encode_manifest(own | self.manifest))
         publish_directory(self.temporary, self.final)
         publish_bytes(self.root / HINT, f"{self.iteration}\n".encode())
 
