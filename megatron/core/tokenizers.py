@@ -192,10 +192,13 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         content = _read_file(model, "--tokenizer-model")
+        wrong = UserError(f"--tokenizer-model {model} is not a SentencePiece model; give a .model file")
+        if not content:  # which the library takes for "no model yet"
+            raise wrong
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise UserError(f"--tokenizer-model {model} is not a SentencePiece model; give a .model file") from error
+            raise wrong from error
         size = self._model.vocab_size()
         pieces = {self._model.id_to_piece(i): i for i in range(size)}
         own = _own_sentinels(pieces)
