@@ -60,7 +60,7 @@ def span_corruption_lengths(
 ) -> SpanLengths:
     """The largest window whose corrupted form fits the encoder (`random_spans_helper` of Google's t5).
 
-    Its inputs may fall short of `encoder_seq_length` by a token or two: not every length can be reached.
+    Its inputs are exactly `encoder_seq_length` tokens, but for a noise density of 0.5, where they can be one fewer.
 
     Args:
         encoder_seq_length: Most tokens that an encoder row may have.

@@ -1,0 +1,324 @@
+"""The T5 dataset over real indexed datasets: splits, ledger of tokens, independence of batching, refusals."""
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.core.config import DataConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.core.datasets.loader import T5Loader, TensorBatch
+from megatron.core.datasets.t5_dataset import (
+    Batch,
+    SpanCorruptionDataset,
+    SpecialTokens,
+    build_datasets,
+    split_token_ranges,
+)
+from megatron.core.errors import UserError
+
+SENTINELS = tuple(range(10_099, 9_999, -1))
+SPECIAL = SpecialTokens(vocab_size=10_100, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=SENTINELS)
+NUM_TOKENS = 9_000
+
+
+def config(**values: Any) -> DataConfig:
+    return DataConfig(**{"encoder_seq_length": 32, "split": "1"} | values)
+
+
+def distinct_tokens(count: int = NUM_TOKENS) -> np.ndarray:
+    """Each id once, so that a sample shows which tokens of the corpus it read."""
+    return np.arange(2, count + 2, dtype=np.uint16)
+
+
+def dataset(
+    tokens: np.ndarray | None = None, seed: int = 0, name: str = "train", **values: Any
+) -> SpanCorruptionDataset:
+    tokens = distinct_tokens() if tokens is None else tokens
+    return SpanCorruptionDataset(tokens, (0, tokens.size), SPECIAL, config(**values), seed, name, source="corpus")
+
+
+def write(prefix: Path, documents: Iterable[np.ndarray]) -> IndexedDataset:
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+        writer.finalize()
+    return IndexedDataset(prefix)
+
+
+def text_of(batch: Batch | TensorBatch) -> np.ndarray:
+    """Corpus tokens of a batch in any order: neither special nor sentinel nor ignored."""
+    ids = np.concatenate([np.asarray(batch.encoder_input_ids).ravel(), np.asarray(batch.labels).ravel()])
+    return ids[(ids > 1) & (ids < min(SENTINELS))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def test_shapes_and_no_padding() -> None:
+    samples = dataset(encoder_seq_length=512)
+    batch = samples.batch(np.arange(5))
+    assert samples.lengths == (568, 512, 114, 85, 28)
+    assert batch.encoder_input_ids.shape == (5, 512)
+    assert batch.decoder_input_ids.shape == batch.labels.shape == (5, 114)
+    assert {array.dtype for array in batch} == {np.dtype(np.int32)}
+    assert samples.fill_rate == 1.0
+    assert (batch.labels >= 1).all()
+    assert (batch.decoder_input_ids[:, 0] == SPECIAL.decoder_start_id).all()
+    assert (batch.decoder_input_ids[:, 1:] == batch.labels[:, :-1]).all()
+
+
+def test_every_token_once_an_epoch_over_all_batches() -> None:
+    samples = dataset()
+    assert samples.windows_per_epoch == NUM_TOKENS // samples.lengths.raw
+    for epoch in range(2):
+        first = epoch * samples.windows_per_epoch
+        used = text_of(samples.batch(np.arange(first, first + samples.windows_per_epoch)))
+        assert len(np.unique(used)) == len(used) == samples.windows_per_epoch * samples.lengths.raw
+        assert NUM_TOKENS - len(used) < samples.lengths.raw
+
+
+@pytest.mark.parametrize("extra", [0, 1, 33, 34, 35])
+def test_ledger_of_small_corpora(extra: int) -> None:
+    """One window exactly (T == R), one token more, and so on to two windows and one token."""
+    raw = dataset().lengths.raw
+    assert raw == 34
+    tokens = distinct_tokens(raw + extra)
+    samples = dataset(tokens)
+    used = text_of(samples.batch(np.arange(samples.windows_per_epoch)))
+    assert samples.windows_per_epoch == 1 + extra // raw
+    assert len(np.unique(used)) == len(used) == samples.windows_per_epoch * raw
+    assert set(used) <= set(tokens.tolist())
+
+
+def test_window_is_what_the_sample_holds() -> None:
+    tokens = distinct_tokens(100)
+    samples = dataset(tokens)
+    for sample_id in range(20):
+        window = samples.window(sample_id)
+        assert window.dtype == np.uint16
+        assert (np.diff(window.astype(int)) % 100 == 1).all()  # consecutive in the ring
+        assert sorted(window) == sorted(text_of(samples.batch(np.array([sample_id]))))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=20), st.randoms(use_true_random=False))
+def test_order_and_batching_do_not_matter(ids: list[int], shuffle: Any) -> None:
+    samples = dataset()
+    alone = {n: samples.batch(np.array([n])) for n in ids}
+    shuffle.shuffle(ids)
+    together = samples.batch(np.array(ids))
+    for row, n in enumerate(ids):
+        for array, single in zip(together, alone[n], strict=True):
+            assert (array[row] == single[0]).all()
+
+
+def test_seeds_names_and_epochs_differ() -> None:
+    ids = np.arange(50)
+    batches = [
+        dataset().batch(ids),
+        dataset(seed=1).batch(ids),
+        dataset(seed=2**64).batch(ids),  # no seed is cut to 64 bits
+        dataset(name="valid").batch(ids),
+        dataset().batch(ids + dataset().windows_per_epoch),
+    ]
+    for i, one in enumerate(batches):
+        for other in batches[:i]:
+            assert (one.encoder_input_ids != other.encoder_input_ids).mean() > 0.9
+
+
+def test_padding_to_a_multiple() -> None:
+    """512 / 114 with rows of a multiple of 64: only the decoder is padded, to 128."""
+    samples = SpanCorruptionDataset(
+        distinct_tokens(), (0, NUM_TOKENS), SPECIAL, config(encoder_seq_length=512), 0, "train", pad_to_multiple_of=64
+    )
+    plain = dataset(encoder_seq_length=512).batch(np.arange(4))
+    batch = samples.batch(np.arange(4))
+    assert (samples.encoder_length, samples.decoder_length) == (512, 128)
+    assert samples.fill_rate == (512 + 114) / (512 + 128)
+    assert (batch.encoder_input_ids == plain.encoder_input_ids).all()
+    assert (batch.labels[:, :114] == plain.labels).all()
+    assert (batch.labels[:, 114:] == -100).all()
+    assert (batch.decoder_input_ids[:, 114:] == SPECIAL.pad_id).all()
+
+
+def test_an_unreachable_length_is_not_padded() -> None:
+    """Half noise in spans of one token: 32 encoder tokens cannot be reached, so that rows have 31."""
+    samples = dataset(encoder_seq_length=32, noise_density=0.5, mean_noise_span_length=1.0)
+    batch = samples.batch(np.arange(3))
+    assert batch.encoder_input_ids.shape == (3, samples.lengths.inputs) == (3, 31)
+    assert (batch.encoder_input_ids[:, -1] == SPECIAL.eos_id).all()
+    assert samples.fill_rate == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ranks and processes
+
+
+def steps(samples: SpanCorruptionDataset, micro: int, num: int, dp: int, num_steps: int = 3) -> np.ndarray:
+    """Encoder rows of all ranks in the order of the samples."""
+    rows = []
+    for step in range(num_steps):
+        loaders = [T5Loader(samples, micro, num, rank, dp) for rank in range(dp)]
+        parts = [loader.microbatches(step * loader.global_batch_size) for loader in loaders]
+        rows += [parts[rank][m].encoder_input_ids for m in range(num) for rank in range(dp)]
+    return torch.cat(rows).numpy()
+
+
+@pytest.mark.parametrize(("micro", "num", "dp"), [(1, 12, 1), (12, 1, 1), (3, 2, 2), (2, 1, 6), (1, 3, 4)])
+def test_a_step_has_the_same_samples_on_any_layout(micro: int, num: int, dp: int) -> None:
+    samples = dataset()
+    assert (steps(samples, micro, num, dp) == samples.batch(np.arange(36)).encoder_input_ids).all()
+
+
+def test_loader_gives_int32_tensors() -> None:
+    loader = T5Loader(dataset(), 2, 3)
+    microbatches = loader.microbatches(0)
+    assert len(microbatches) == 3
+    for microbatch in microbatches:
+        assert all(tensor.dtype == torch.int32 and tensor.is_contiguous() for tensor in microbatch)
+        assert microbatch.labels.shape == (2, loader.dataset.decoder_length)
+
+
+@pytest.mark.parametrize("num_samples", [1, 5, 12, 13, 24])
+@pytest.mark.parametrize(("micro", "dp"), [(4, 3), (1, 1), (5, 2)])
+def test_evaluation_covers_each_sample_once(num_samples: int, micro: int, dp: int) -> None:
+    samples = dataset()
+    ranks = [list(T5Loader(samples, micro, 1, rank, dp).evaluation_batches(num_samples)) for rank in range(dp)]
+    assert {len(batches) for batches in ranks} == {-(-num_samples // (micro * dp))}
+    assert {len(batch.labels) for batches in ranks for batch in batches} == {micro}
+    used = np.concatenate([text_of(batch) for batches in ranks for batch in batches])
+    assert sorted(used) == sorted(text_of(samples.batch(np.arange(num_samples))))
+
+
+def test_two_processes_give_the_samples_of_one() -> None:
+    program = (
+        "import sys, numpy as np; sys.path.insert(0, sys.argv[1]); import test_t5_dataset as t\n"
+        "rank = int(sys.argv[2]); loader = t.T5Loader(t.dataset(), 4, 3, rank, 2)\n"
+        "for batch in loader.microbatches(24): sys.stdout.buffer.write(batch.encoder_input_ids.numpy().tobytes())"
+    )
+    folder = str(Path(__file__).parent)
+    outputs = [
+        subprocess.run([sys.executable, "-c", program, folder, str(rank)], capture_output=True, check=True).stdout
+        for rank in range(2)
+    ]
+    one = dataset().batch(np.arange(24, 48)).encoder_input_ids.reshape(3, 2, 4, -1)
+    for rank, output in enumerate(outputs):
+        assert hashlib.sha256(output).digest() == hashlib.sha256(one[:, rank].tobytes()).digest()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def test_split_by_documents(tmp_path: Path) -> None:
+    """10 documents of 1, 2, ... 10 tokens at 6 : 3 : 1."""
+    lengths = np.arange(1, 11)
+    indexed = write(tmp_path / "corpus", (np.full(n, n, np.uint16) for n in lengths))
+    assert split_token_ranges(indexed, (0.6, 0.3, 0.1)) == {"train": (0, 21), "valid": (21, 45), "test": (45, 55)}
+    assert split_token_ranges(indexed, (1.0, 0.0, 0.0)) == {"train": (0, 55), "valid": (55, 55), "test": (55, 55)}
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 5000), st.tuples(*[st.floats(0, 1)] * 3).filter(lambda w: sum(w) > 0.01))
+def test_split_is_megatrons(num_documents: int, weights: tuple[float, float, float]) -> None:
+    """Bounds are int(round(share up to here x documents)), and the ranges follow one another."""
+    first, second, third = (weight / sum(weights) for weight in weights)
+    indexed: Any = SimpleNamespace(num_documents=num_documents, document_start=lambda document: 7 * document)
+    ranges = split_token_ranges(indexed, (first, second, third))
+    bounds = [0, round(first * num_documents), round((first + second) * num_documents), num_documents]
+    assert [begin // 7 for begin, _ in ranges.values()] == bounds[:-1]
+    assert [end // 7 for _, end in ranges.values()] == bounds[1:]
+
+
+def test_splits_share_no_token(tmp_path: Path) -> None:
+    indexed = write(tmp_path / "corpus", np.split(distinct_tokens(), 90))
+    splits = build_datasets(config(split="80,15,5"), indexed, SPECIAL, seed=0)
+    assert splits.warnings == []
+    assert splits.valid is not None
+    assert splits.test is not None
+    used = [
+        set(text_of(part.batch(np.arange(part.windows_per_epoch))))
+        for part in (splits.train, splits.valid, splits.test)
+    ]
+    assert min(used[1]) > max(used[0])
+    assert min(used[2]) > max(used[1])
+    assert max(used[0]) <= 7_201
+    assert (splits.train.batch(np.arange(9)).labels != splits.valid.batch(np.arange(9)).labels).any()
+
+
+def test_empty_validation_warns_and_trains(tmp_path: Path) -> None:
+    """Megatron's published T5 split leaves nothing for validation when there are few documents."""
+    indexed = write(tmp_path / "corpus", np.split(distinct_tokens(), 90))
+    splits = build_datasets(config(split="99982,9,9"), indexed, SPECIAL, seed=0)
+    assert splits.valid is None
+    assert splits.test is None
+    assert len(splits.warnings) == 2
+    assert "--split 99982,9,9 leaves 0 of" in splits.warnings[0]
+    assert "for valid, but one sample takes 34" in splits.warnings[0]
+    assert splits.train.batch(np.arange(2)).labels.shape[0] == 2
+
+
+def test_splits_not_asked_for_do_not_warn(tmp_path: Path) -> None:
+    indexed = write(tmp_path / "corpus", [distinct_tokens()])
+    splits = build_datasets(config(split="1"), indexed, SPECIAL, seed=0)
+    assert (splits.valid, splits.test, splits.warnings) == (None, None, [])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"encoder_seq_length": 2}, r"--encoder-seq-length is 2"),
+        (
+            {"encoder_seq_length": 512, "decoder_seq_length": 113},
+            r"--decoder-seq-length is 113, but --encoder-seq-length 512 .* needs 114",
+        ),
+        (
+            {"encoder_seq_length": 2048},
+            r"--encoder-seq-length 2048 with --noise-density 0.15 .* makes 114 spans a sample, but .* 100 sent",
+        ),
+        ({"encoder_seq_length": 9000}, r"sentinels"),
+        (
+            {"encoder_seq_length": 8500, "mean_noise_span_length": 100.0},
+            r"corpus has 9000 train tokens, but one sample",
+        ),
+    ],
+)
+def test_refusals_name_the_numbers(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        dataset(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_decoder_bound_larger_than_needed_does_not_pad() -> None:
+    assert dataset(encoder_seq_length=512, decoder_seq_length=114).decoder_length == 114
+    assert dataset(encoder_seq_length=512, decoder_seq_length=128).decoder_length == 114
+
+
+def test_corpus_shorter_than_one_window(tmp_path: Path) -> None:
+    indexed = write(tmp_path / "short", [distinct_tokens(33)])
+    with pytest.raises(UserError, match=r"short has 33 train tokens, but one sample takes 34; use more text"):
+        build_datasets(config(), indexed, SPECIAL, seed=0)
+
+
+def test_token_beyond_the_vocabulary_names_file_and_offset(tmp_path: Path) -> None:
+    tokens = distinct_tokens()
+    tokens[4321] = 20_000
+    indexed = write(tmp_path / "other_tokenizer", [tokens])
+    train = build_datasets(config(), indexed, SPECIAL, seed=0).train
+    with pytest.raises(UserError, match=r"other_tokenizer: token id 20000 at token offset 4321 .* 10100 ids"):
+        train.batch(np.arange(train.windows_per_epoch + 1))
