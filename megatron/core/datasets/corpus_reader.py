@@ -98,15 +98,17 @@ def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
     first_line, rest, bytes_read, error = 1, b"", 0, None
     try:
         for block, bytes_read in _blocks(source, chunk_bytes):
-            data = rest + block if rest or first_line > 1 else block.removeprefix(_BOM)
+            data = rest + block
             end = _end_of_records(data, max(len(rest) - 1, 0), source.records)
             rest = data[end:]
             if end:
-                yield Chunk(path, source.records, first_line, data[:end], bytes_read, None)
+                records = data[:end] if first_line > 1 else data[:end].removeprefix(_BOM)
+                yield Chunk(path, source.records, first_line, records, bytes_read, None)
                 first_line += data.count(b"\n", 0, end)
     except _UnreadableError as reason:
         rest, error = b"", str(reason)  # A record cut in two is worse than none.
     if rest or error:
+        rest = rest if first_line > 1 else rest.removeprefix(_BOM)
         yield Chunk(path, source.records, first_line, rest, bytes_read, error)
 
 

@@ -1,0 +1,360 @@
+"""Preprocessing: same bytes for any number of workers, every input form, every bad record, failures leave nothing."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.core.config import TokenizerConfig
+from megatron.core.datasets import preprocessing
+from megatron.core.datasets.corpus_reader import Source, find_sources, parse_records, read_chunks
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.preprocessing import PreprocessConfig, PreprocessStats, preprocess
+from megatron.core.errors import UserError
+from megatron.core.tokenizers import ByteTokenizer, load_tokenizer
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+BYTES = TokenizerConfig(tokenizer_type="ByteTokenizer")
+EOS = ByteTokenizer().eos_id
+
+
+def run(inputs: Path | list[Path], prefix: Path, **options: Any) -> tuple[PreprocessStats, str]:
+    log = io.StringIO()
+    paths = [str(path) for path in (inputs if isinstance(inputs, list) else [inputs])]
+    config = PreprocessConfig(input=paths, output_prefix=str(prefix), tokenizer=BYTES, **options)
+    return preprocess(config, log), log.getvalue()
+
+
+def texts_of(prefix: Path, key: str = "text") -> list[str]:
+    tokenizer = ByteTokenizer()
+    return [tokenizer.detokenize(ids) for ids in IndexedDataset(f"{prefix}_{key}_document")]
+
+
+def jsonl(*texts: str) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+# --- the output ----------------------------------------------------------------------------------------------------
+
+
+def test_dataset_manifest_and_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl("one", "", "tw\u00f6\nlines"))
+    stats, log = run(tmp_path / "in.jsonl", tmp_path / "out" / "data", append_eod=True)
+    prefix = tmp_path / "out" / "data_text_document"
+    assert names(tmp_path / "out") == {
+        "data_text_document.bin", "data_text_document.idx", "data_text_document.json", "data_text_document_tokenizer",
+    }  # fmt: skip
+    dataset = IndexedDataset(prefix)
+    assert [list(ids)[-1] for ids in dataset] == [EOS, EOS]
+    assert texts_of(tmp_path / "out" / "data") == ["one", "tw\u00f6\nlines"]
+    manifest = dataset.manifest
+    assert manifest is not None
+    assert manifest["append_eod"] is True and manifest["json_key"] == "text"
+    assert manifest["inputs"] == [{"name": "in.jsonl", "bytes": (tmp_path / "in.jsonl").stat().st_size}]
+    assert manifest["tokenizer"] == ByteTokenizer().describe()
+    assert load_tokenizer(prefix.parent / manifest["tokenizer_directory"]).fingerprint == ByteTokenizer().fingerprint
+    assert (stats.documents, stats.tokens, stats.empty) == (2, dataset.num_tokens, 1)
+    assert "2 documents" in log and "1 empty records" in log
+
+
+def test_output_does_not_depend_on_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks a file, several files, bad records among them; with 1 worker, 2 and 4."""
+    generator = random.Random(0)
+    lines = [
+        jsonl(" ".join(generator.choices(["a", "bc", "d\u00e9f"], k=generator.randrange(400)))) for _ in range(3000)
+    ]
+    lines[500], lines[2500] = b"{broken\n", b'{"other": 1}\n'
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:2000]))
+    (tmp_path / "b.jsonl").write_bytes(b"".join(lines[2000:]))
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    assert sum(1 for _ in read_chunks(find_sources([str(inputs[0])])[0])) > 1
+    outputs = []
+    for workers in (1, 2, 4):
+        stats, _ = run(inputs, tmp_path / str(workers) / "x", workers=workers, on_error="skip", append_eod=True)
+        assert dict(stats.skipped) == {"invalid JSON": 1, "no key 'text'": 1}
+        folder = tmp_path / str(workers)
+        outputs.append({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    assert outputs[0] == outputs[1] == outputs[2]
+    clean = b"".join(line for n, line in enumerate(lines) if n not in (500, 2500))
+    (tmp_path / "clean.jsonl").write_bytes(clean)
+    run(tmp_path / "clean.jsonl", tmp_path / "clean", append_eod=True)
+    for suffix in ("bin", "idx"):  # skipping equals preprocessing what is good
+        assert (tmp_path / f"clean_text_document.{suffix}").read_bytes() == outputs[0][f"x_text_document.{suffix}"]
+
+
+def test_several_keys_stay_aligned(tmp_path: Path) -> None:
+    rows = [{"a": "1", "b": "one"}, {"a": "", "b": ""}, {"a": "", "b": "two"}, {"a": "3", "b": "three"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stats, _ = run(tmp_path / "in.jsonl", tmp_path / "x", json_keys=["a", "b"])
+    assert texts_of(tmp_path / "x", "a") == ["1", "", "3"]
+    assert texts_of(tmp_path / "x", "b") == ["one", "two", "three"]
+    assert (stats.documents, stats.empty) == (3, 1)
+
+
+def test_existing_output(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\n")
+    run(tmp_path / "in.txt", tmp_path / "x")
+    with pytest.raises(UserError, match="--overwrite"):
+        run(tmp_path / "in.txt", tmp_path / "x")
+    (tmp_path / "in.txt").write_text("\n")
+    with pytest.raises(UserError, match="nothing was written"):
+        run(tmp_path / "in.txt", tmp_path / "x", overwrite=True)
+    assert texts_of(tmp_path / "x") == ["one"]  # a run that fails leaves the old dataset
+    (tmp_path / "in.txt").write_text("two\n")
+    run(tmp_path / "in.txt", tmp_path / "x", overwrite=True)
+    assert texts_of(tmp_path / "x") == ["two"]
+
+
+# --- input forms ---------------------------------------------------------------------------------------------------
+
+TEXT = b"\xef\xbb\xbfone\r\nline two\r\n\r\n \t\nthree \xc3\xa9\r\n\n\nfour"
+
+
+@pytest.mark.parametrize(
+    ("sample_by", "expected"),
+    [
+        ("line", ["one", "line two", "three \u00e9", "four"]),
+        ("paragraph", ["one\nline two", "three \u00e9", "four"]),
+        ("document", ["one\nline two\n\n \t\nthree \u00e9\n\n\nfour"]),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 1 << 20])
+def test_plain_text(tmp_path: Path, sample_by: Any, expected: list[str], chunk_bytes: int) -> None:
+    path = tmp_path / "in.txt"
+    path.write_bytes(TEXT)
+    (source,) = find_sources([str(path)], sample_by=sample_by)
+    records = [r for chunk in read_chunks(source, chunk_bytes) for r in parse_records(chunk, ["text"])]
+    assert [record.texts for record in records] == [[text] for text in expected]
+    if sample_by == "line":
+        assert [record.line for record in records] == [1, 2, 5, 8]
+
+
+def frames(data: bytes) -> bytes:
+    """Two frames and a skippable one, as parallel compressors write them."""
+    compress = zstandard.ZstdCompressor().compress
+    return compress(data[:9]) + b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip" + compress(data[9:])
+
+
+def members(data: bytes) -> bytes:
+    return gzip.compress(data[:9]) + gzip.compress(data[9:])
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("in.jsonl", bytes),
+        ("in.json", lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n")),
+        ("in.ndjson", lambda data: b"\n\n" + data.rstrip(b"\n")),
+        ("in.jsonl.gz", gzip.compress),
+        ("in.jsonl.gz", members),
+        ("in.jsonl.zst", zstandard.compress),
+        ("in.jsonl.zst", frames),
+    ],
+)
+def test_compression_and_line_ends(tmp_path: Path, name: str, pack: Any) -> None:
+    texts = ["one", "tw\u00f6 \u2028 \x85 separators that are no line ends", "nul \x00", "x" * 3_000_000]
+    (tmp_path / name).write_bytes(pack(jsonl(*texts)))
+    run(tmp_path / name, tmp_path / "x")
+    assert texts_of(tmp_path / "x") == texts
+
+
+def test_json_with_raw_unicode_line_separators(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a\u2028b"}\n', encoding="utf-8")
+    run(tmp_path / "in.jsonl", tmp_path / "x")
+    assert texts_of(tmp_path / "x") == ["a\u2028b"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=20),
+    chunk_bytes=st.integers(1, 200),
+    packing=st.sampled_from(
+        [("in.jsonl", bytes), ("in.jsonl.gz", gzip.compress), ("in.jsonl.zst", zstandard.compress)]
+    ),
+)
+def test_chunks_hold_every_record_once(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], chunk_bytes: int, packing: Any
+) -> None:
+    name, pack = packing
+    path = tmp_path_factory.mktemp("chunks") / name
+    path.write_bytes(pack(jsonl(*texts)))
+    source = Source(path, "jsonl", path.stat().st_size)
+    records = [r for chunk in read_chunks(source, chunk_bytes) for r in parse_records(chunk, ["text"])]
+    assert [(r.line, r.texts) for r in records] == [(n, [text]) for n, text in enumerate(texts, start=1)]
+
+
+def test_globs_and_formats(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("b\n")
+    (tmp_path / "a.jsonl").write_bytes(jsonl("a"))
+    (tmp_path / "[x].txt").write_text("literal\n")
+    (tmp_path / "c.data").write_text("c\n")
+    run([tmp_path / "[ab].*", tmp_path / "[x].txt"], tmp_path / "x")
+    assert texts_of(tmp_path / "x") == ["a", "b", "literal"]
+    run(tmp_path / "c.data", tmp_path / "y", input_format="text")
+    assert texts_of(tmp_path / "y") == ["c"]
+    for path, expected in (
+        (tmp_path / "c.data", "--input-format"),
+        (tmp_path / "none.txt", "no such file"),
+        (tmp_path / "*.none", "no such file"),
+        (tmp_path, "is a directory"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            run(path, tmp_path / "z")
+
+
+# --- bad records ---------------------------------------------------------------------------------------------------
+
+BAD_LINES = {
+    b'{"text": "cut': ("invalid JSON", "column"),
+    b'["text"]': ("not a JSON object", "a JSON array, expected an object with 'text'"),
+    b'{"body": "x"}': ("no key 'text'", "(keys: 'body'); see --json-keys"),
+    b'{"text": null}': ("'text' is not a string", "is a JSON null"),
+    b'{"text": 3}': ("'text' is not a string", "is a JSON number"),
+    b'{"text": "\xff"}': ("invalid UTF-8", "byte 0xff at column 11"),
+    b'{"text": "\\ud800"}': ("unpaired surrogate", "unpaired surrogate"),
+    b"[" * 100_000: ("invalid JSON", "invalid JSON"),
+    b'{"text": ' + b"9" * 5000 + b"}": ("invalid JSON", "invalid JSON"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES, ids=lambda line: line[:12].decode(errors="replace"))
+def test_bad_records(tmp_path: Path, bad: bytes) -> None:
+    reason, detail = BAD_LINES[bad]
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(jsonl("one") + b"\r\n" + bad + b"\n" + jsonl("two") + bad + b"\n")
+    before = names(tmp_path)
+    with pytest.raises(UserError) as caught:
+        run(path, tmp_path / "x")
+    message = str(caught.value)
+    assert message.startswith(f"{path}:3: ") and detail in message and "\n" not in message and len(message) < 500
+    assert names(tmp_path) == before
+    stats, log = run(path, tmp_path / "x", on_error="skip")
+    assert dict(stats.skipped) == {reason: 2}
+    assert f"skipped {path}:3: " in log and f"skipped {path}:5: " in log and f"2 records with {reason}" in log
+    assert texts_of(tmp_path / "x") == ["one", "two"]
+
+
+def test_only_the_first_messages_of_a_reason_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl("one") + b"{\n" * 50)
+    stats, log = run(tmp_path / "in.jsonl", tmp_path / "x", on_error="skip")
+    assert stats.skipped["invalid JSON"] == 50 and log.count("skipped") == 3
+
+
+def test_bad_utf8_in_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(b"one\n\xfftwo\nthree\n")
+    with pytest.raises(UserError, match=r"in\.txt:2: invalid UTF-8: byte 0xff at column 1"):
+        run(tmp_path / "in.txt", tmp_path / "x")
+    run(tmp_path / "in.txt", tmp_path / "x", on_error="skip")
+    assert texts_of(tmp_path / "x") == ["one", "three"]
+
+
+def flip(data: bytes) -> bytes:
+    """Damage in the middle."""
+    middle = len(data) // 2
+    return data[:middle] + bytes(255 - byte for byte in data[middle : middle + 50]) + data[middle + 50 :]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-3], flip])
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_damaged_compression(tmp_path: Path, suffix: str, pack: Any, damage: Any) -> None:
+    generator = random.Random(1)
+    texts = ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=400)) for _ in range(2000)]
+    path = tmp_path / f"in.jsonl{suffix}"
+    path.write_bytes(damage(pack(jsonl(*texts[:1000])) + pack(jsonl(*texts[1000:]))))
+    before = names(tmp_path)
+    with pytest.raises(UserError, match=r"in\.jsonl\.\w+:\d+: "):
+        run(path, tmp_path / "x")
+    assert names(tmp_path) == before
+    stats, log = run(path, tmp_path / "x", on_error="skip")
+    assert stats.skipped["unreadable rest of a file"] == 1 and ": cannot be read from here on: " in log
+    kept = texts_of(tmp_path / "x")
+    assert 500 < len(kept) <= 2000
+    if damage is not flip:  # gzip finds changed bytes only at its checksum, after the records they are in
+        assert kept == texts[: len(kept)]
+
+
+def test_empty_corpora_are_refused(tmp_path: Path) -> None:
+    for content in (b"", b"\n\n", jsonl("", " ".strip())):
+        (tmp_path / "in.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=r"no text under key 'text'.*nothing was written"):
+            run(tmp_path / "in.jsonl", tmp_path / "x", append_eod=True)
+        assert names(tmp_path) == {"in.jsonl"}
+
+
+# --- failures ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_when_publishing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, manifest: Any = None) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "in.txt").write_text("one\n")
+    monkeypatch.setattr(preprocessing.IndexedDatasetWriter, "finalize", full)
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path / "in.txt", tmp_path / "x")
+    assert names(tmp_path) == {"in.txt"}
+
+
+def test_a_worker_that_dies_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.txt").write_text("one\n" * 1000)
+    monkeypatch.setattr(preprocessing, "_tokenize_in_worker", _die)
+    with pytest.raises(UserError, match="worker process died"):
+        run(tmp_path / "in.txt", tmp_path / "x", workers=2)
+    assert names(tmp_path) == {"in.txt"}
+
+
+def _die(chunk: Any) -> None:
+    os._exit(9)
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl("one", "two"))
+    flags = ["--input", tmp_path / "in.jsonl", "--tokenizer-type", "ByteTokenizer", "--output-prefix", tmp_path / "x"]
+    done = command(*flags, "--append-eod", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "done | 2 documents | 8 tokens" in done.stderr and "MB/s" in done.stderr
+    assert texts_of(tmp_path / "x") == ["one", "two"]
+    again = command(*flags, "--workers", "1")
+    assert again.returncode == 1 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
+    assert command(*flags, "--no-such-flag").returncode == 2
+    help_text = command("--help").stdout
+    assert all(flag in help_text for flag in ("--json-keys", "--on-error", "--vocab-extra-ids", "--text-sample-by"))
+
+
+def test_workers_import_no_torch(tmp_path: Path) -> None:
+    """Every worker process imports this module; torch would cost each of them seconds and 200 MB."""
+    script = "import sys, megatron.core.datasets.preprocessing; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"workers": 0}, "--workers"),
+        ({"log_interval": 0}, "--log-interval"),
+        ({"json_keys": ["a", "a"]}, "--json-keys"),
+    ],
+)
+def test_bad_flags(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        PreprocessConfig(input=["x"], output_prefix="y", tokenizer=BYTES, **options)
