@@ -77,6 +77,7 @@ class DataParallel:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction with a factor
 
     def set_gradient_sync(self, enabled: bool) -> None:
         """Say, before each microbatch, whether it is the last of the step.

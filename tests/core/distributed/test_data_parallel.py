@@ -1,0 +1,146 @@
+"""Data parallelism trains the same model as one process, for every sharding strategy."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from megatron.core.config import ComputeConfig, OptimizerConfig, ParallelConfig
+from megatron.core.distributed import DataParallel, clip_gradients_, global_grad_norm
+from megatron.core.distributed.data_parallel import group_blocks
+from megatron.core.optimizer import build_optimizer
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import Init, ParamSpec, initialize_parameters
+from tests.distributed import run_distributed
+
+CPU = ParallelContext(torch.device("cpu"))
+WIDTH, BATCH, STEPS = 7, 8, 4  # the width does not divide by the ranks
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2 * WIDTH, WIDTH))
+        self.scale = nn.Parameter(torch.empty(WIDTH))
+        self.parameter_specs = {
+            "weight": ParamSpec(("mlp", "embed"), Init("normal", (0.3, 0.5)), ("gate", "up")),
+            "scale": ParamSpec(("embed",), Init("constant", (1.0,)), weight_decay=False),
+        }
+
+    def forward(self, x):
+        gate, up = (x @ self.weight.T).unflatten(-1, (-1, 2)).unbind(-1)
+        return x + torch.tanh(gate) * up * self.scale
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Parameter(torch.empty(1, WIDTH))
+        self.parameter_specs = {"head": ParamSpec(("vocab", "embed"), Init("normal", (1.0,)))}
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x @ self.head.T
+
+
+def train(context, strategy, microbatches, bf16=False):
+    """Losses, gradient norms and final parameters; rank r computes rows r, r + ranks, ... of each batch."""
+    with torch.device("meta"):
+        model = Model()
+    parallel = DataParallel(model, context, ComputeConfig(bf16=bf16), model.layers, strategy)
+    model.to_empty(device="cpu")
+    initialize_parameters(model, seed=1)
+    optimizer = build_optimizer(OptimizerConfig(optimizer="adamw-scale", weight_decay=0.1), model, context)
+    losses, norms = [], []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randn(BATCH, WIDTH, generator=generator)
+        mine = batch[context.dp_rank :: context.dp_size].chunk(microbatches)
+        total = torch.zeros(())
+        for number, rows in enumerate(mine):
+            parallel.set_gradient_sync(number == microbatches - 1)
+            loss = (
+                model(rows.bfloat16() if bf16 and strategy != "no_shard" else rows).float() - 1
+            ).square().sum() / BATCH
+            loss.backward()
+            total += loss.detach()
+        parallel.reduce_gradients()
+        if context.dp_size > 1:
+            torch.distributed.all_reduce(total)
+        norm = global_grad_norm(optimizer.parameters, context)
+        clip_gradients_(optimizer.parameters, norm, 1.0)
+        clipped = global_grad_norm(optimizer.parameters, context).item()
+        assert clipped == pytest.approx(min(norm.item(), 1.0), rel=1e-5)
+        optimizer.step(0.05)
+        optimizer.zero_grad()
+        losses.append(total.item())
+        norms.append(norm.item())
+    with torch.no_grad():
+        model(
+            batch.bfloat16() if bf16 else batch
+        )  # the parameters must stay whole shards after a forward without backward
+    parameters = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for name, p in zip(optimizer.names, optimizer.parameters, strict=True)
+    }
+    sharded = all(isinstance(p, DTensor) for p in optimizer.parameters)
+    return losses, norms, parameters, sharded
+
+
+def _rank(rank, strategy, microbatches, bf16=False):
+    context = ParallelContext.create(ParallelConfig(), torch.device("cpu"))
+    return train(context, strategy, microbatches, bf16)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("strategy", [None, "no_shard", "optim_grads", "optim_grads_params"])
+def test_two_ranks_train_as_one(strategy, microbatches):
+    losses, norms, parameters, _ = train(CPU, None, 1)
+    for other_losses, other_norms, other_parameters, sharded in run_distributed(_rank, 2, strategy, microbatches):
+        assert sharded == (strategy in ("optim_grads", "optim_grads_params"))
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        assert other_norms == pytest.approx(norms, rel=1e-5)
+        for name, value in parameters.items():
+            torch.testing.assert_close(other_parameters[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_shards_keep_fp32_masters():
+    losses, _, parameters, _ = train(CPU, None, 1)
+    for other_losses, _, other_parameters, _ in run_distributed(_rank, 2, "optim_grads", 2, True):
+        assert other_losses == pytest.approx(losses, rel=0.05)
+        for name, value in parameters.items():
+            assert other_parameters[name].dtype == torch.float32
+            assert not torch.equal(other_parameters[name], other_parameters[name].bfloat16().float())
+            torch.testing.assert_close(other_parameters[name], value, rtol=0.1, atol=0.05)
+
+
+def test_norm_of_plain_gradients():
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad = torch.tensor([1.0, 2.0, 2.0])
+    parameters[1].grad = torch.full((2, 2), 2.0)
+    norm = global_grad_norm(parameters, CPU)
+    assert norm.item() == 5.0
+    clip_gradients_(parameters, norm, 10.0)
+    assert parameters[0].grad.tolist() == [1.0, 2.0, 2.0]
+    clip_gradients_(parameters, norm, 0.5)
+    assert parameters[0].grad.tolist() == pytest.approx([0.1, 0.2, 0.2], rel=1e-5)
+    assert global_grad_norm([], CPU).item() == 0.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_norm_shows_what_is_not_finite(value):
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([1.0, value])
+    assert not math.isfinite(global_grad_norm([parameter], CPU).item())
+
+
+def test_small_blocks_share_a_unit():
+    blocks = [nn.Linear(10, 10, bias=False) for _ in range(5)]  # 400 bytes each
+    assert [len(group) for group in group_blocks(blocks, 400)] == [1, 1, 1, 1, 1]
+    assert [len(group) for group in group_blocks(blocks, 401)] == [2, 3]
+    assert [len(group) for group in group_blocks(blocks, 10_000)] == [5]
+    assert group_blocks([], 1) == []
