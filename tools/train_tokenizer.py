@@ -86,7 +86,7 @@ def cut_lines(text: str, max_bytes: int = MAX_SENTENCE_BYTES) -> Iterator[str]:
             head = rest.encode()[:max_bytes].decode(errors="ignore")
             cut = head.rfind(" ")
             cut = cut if cut > 0 else len(head)
-            yield rest[:cut]
+            yield rest[:cut].rstrip()
             rest = rest[cut:].strip()
         if rest:
             yield rest
