@@ -31,21 +31,28 @@ class TokenLoss(NamedTuple):
 
 
 def _row_chunks(logits: Tensor) -> Iterator[slice]:
+    """Slices of the rows of `[b * t, vocab]`."""
     rows = max(1, CHUNK_ELEMENTS.get(logits.device.type, 1 << 22) // logits.shape[1])
     for start in range(0, logits.shape[0], rows):
         yield slice(start, min(start + rows, logits.shape[0]))
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
+    """From logits `[b, t, vocab]` and labels `[b, t]`.
+
+    The outputs are tensors of their own, not views: FSDP2 hooks what a model returns, and a view could lose the hook.
+    """
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, z_loss_weight: float) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        log_z = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
-        for rows in _row_chunks(logits):
-            log_z[rows] = torch.logsumexp(logits[rows].to(dtype), dim=-1)
+        log_z = torch.empty(labels.shape, dtype=dtype, device=logits.device)
+        flat_logits, flat_log_z = logits.flatten(0, -2), log_z.flatten()
+        for rows in _row_chunks(flat_logits):
+            torch.logsumexp(flat_logits[rows].to(dtype), dim=-1, out=flat_log_z[rows])
         ignored = labels == IGNORED_LABEL
         target = labels.masked_fill(ignored, 0).long()
-        label_logits = logits.gather(1, target[:, None]).squeeze(1).to(dtype)
+        label_logits = logits.gather(-1, target[..., None]).squeeze(-1).to(dtype)
         ctx.save_for_backward(logits, target, ignored, log_z)
         ctx.z_loss_weight = z_loss_weight
         cross_entropy = (log_z - label_logits).masked_fill_(ignored, 0.0)
@@ -58,13 +65,15 @@ class _VocabCrossEntropy(torch.autograd.Function):
         grad_cross_entropy, grad_z_loss = grads
         grad_label = grad_cross_entropy.masked_fill(ignored, 0.0)
         grad_log_z = (grad_label + 2.0 * ctx.z_loss_weight * log_z * grad_z_loss).masked_fill_(ignored, 0.0)
-        grad_logits = torch.empty_like(logits)
-        for rows in _row_chunks(logits):
-            softmax = (logits[rows] - log_z[rows, None]).exp_()  # fp32 by promotion
-            softmax.mul_(grad_log_z[rows, None])
-            softmax.scatter_add_(1, target[rows, None], -grad_label[rows, None])
+        # [b, t] -> [b * t, 1] each
+        target, log_z, grad_label, grad_log_z = (x.reshape(-1, 1) for x in (target, log_z, grad_label, grad_log_z))
+        flat_logits = logits.flatten(0, -2)
+        grad_logits = torch.empty_like(flat_logits)
+        for rows in _row_chunks(flat_logits):
+            softmax = (flat_logits[rows] - log_z[rows]).exp_()  # fp32 by promotion
+            softmax.mul_(grad_log_z[rows]).scatter_add_(1, target[rows], -grad_label[rows])
             grad_logits[rows] = softmax
-        return grad_logits, None, None
+        return grad_logits.view(logits.shape), None, None
 
 
 def vocab_cross_entropy(logits: Tensor, labels: Tensor, z_loss_weight: float = 0.0) -> TokenLoss:
@@ -75,5 +84,4 @@ def vocab_cross_entropy(logits: Tensor, labels: Tensor, z_loss_weight: float = 0
         labels: Integer ids `[b, t]`; `IGNORED_LABEL` leaves the token out of the loss and of the gradient.
         z_loss_weight: Weight of the squared log-partition function.
     """
-    cross_entropy, z_loss = _VocabCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), z_loss_weight)
-    return TokenLoss(cross_entropy.view(labels.shape), z_loss.view(labels.shape))
+    return TokenLoss(*_VocabCrossEntropy.apply(logits, labels, z_loss_weight))

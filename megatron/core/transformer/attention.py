@@ -8,8 +8,6 @@ and a split of dimension 0 gives each rank its heads.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,14 +61,14 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, compute: ComputeConfig, num_layers: int) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.head_dim = cast(int, config.kv_channels)
+        self.head_dim = config.kv_channels
         self.scale = self.head_dim**-0.5 if config.scale_attention_scores else 1.0
         self.dropout = config.attention_dropout
         self.backend = compute.attention_backend
         self.recompute = compute.recompute_granularity == "selective"
         self.o = Linear(
             config.inner_size,
-            cast(int, config.hidden_size),
+            config.hidden_size,
             axes=("embed", "heads"),
             init=residual_output_init(config, config.inner_size**-0.5, num_layers),
             bias=config.add_bias_linear,
@@ -95,7 +93,7 @@ def _projection(config: ModelConfig, names: tuple[str, ...]) -> Linear:
     T5X folds the 1 / sqrt(d) of scaled attention into the initial query projection; when the scores are scaled
     explicitly, the query starts like the others and the first scores are the same.
     """
-    hidden, head_dim = cast(int, config.hidden_size), cast(int, config.kv_channels)
+    hidden, head_dim = config.hidden_size, config.kv_channels
     query_std = hidden**-0.5 if config.scale_attention_scores else (hidden * head_dim) ** -0.5
     stds = {"q": query_std, "k": hidden**-0.5, "v": hidden**-0.5}
     return Linear(

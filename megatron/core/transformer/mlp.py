@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, num_layers: int) -> None:
         super().__init__()
-        hidden, inner = cast(int, config.hidden_size), cast(int, config.ffn_hidden_size)
+        hidden, inner = config.hidden_size, config.ffn_hidden_size
         self.activation = config.activation_function
         self.gated = config.gated
         self.dropout = config.hidden_dropout

@@ -17,7 +17,6 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
         super().__init__()
-        assert config.encoder_num_layers is not None
         self.dropout = config.hidden_dropout
         self.self_attention_norm = build_norm(config)
         self.self_attention = EncoderSelfAttention(config, compute, config.encoder_num_layers)
@@ -36,7 +35,6 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
         super().__init__()
-        assert config.decoder_num_layers is not None
         self.dropout = config.hidden_dropout
         self.self_attention_norm = build_norm(config)
         self.self_attention = DecoderSelfAttention(config, compute, config.decoder_num_layers)

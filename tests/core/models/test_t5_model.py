@@ -198,6 +198,15 @@ def test_int32_ids_are_accepted():
     assert torch.equal(narrow, model(*batch).loss.cross_entropy)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_outputs_are_not_views(tied):
+    """FSDP2 hooks what its modules return, and warns that an in-place operation on a view drops the hook."""
+    model = build(share_embeddings_and_output_weights=tied)
+    output = model(ids(2, 9), ids(2, 6), ids(2, 6))
+    outputs = [*output.loss, output.encoder_output, model(ids(2, 9), ids(2, 6)).logits]
+    assert not any(tensor._is_view() for tensor in outputs)
+
+
 def test_sequence_beyond_the_learned_positions_is_refused():
     model = build(position_embedding_type="learned_absolute", max_position_embeddings=8)
     model(ids(1, 8), ids(1, 8))

@@ -6,18 +6,16 @@ causal mask hides half of them. Element-wise work counts nothing.
 
 from __future__ import annotations
 
-from typing import cast
-
 from megatron.core.config import ModelConfig
 
 
 def model_flops_per_sequence(config: ModelConfig, encoder_length: int, decoder_length: int) -> int:
     """Floating-point operations of one forward pass over one encoder row and one decoder row, head included."""
     s, t = encoder_length, decoder_length
-    hidden, inner = cast(int, config.hidden_size), config.inner_size
-    encoder_layers, decoder_layers = cast(int, config.encoder_num_layers), cast(int, config.decoder_num_layers)
+    hidden, inner = config.hidden_size, config.inner_size
+    encoder_layers, decoder_layers = config.encoder_num_layers, config.decoder_num_layers
     projection = 2 * hidden * inner  # q, k, v or o, each token
-    feed_forward = (3 if config.gated else 2) * 2 * hidden * cast(int, config.ffn_hidden_size)  # each token
+    feed_forward = (3 if config.gated else 2) * 2 * hidden * config.ffn_hidden_size  # each token
     score = 4 * inner  # query-key product and sum of values, each query-key pair
 
     self_attention_encoder = 4 * projection * s + score * s * s

@@ -10,7 +10,7 @@ be cut between any two units.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class T5Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
         super().__init__()
-        hidden = cast(int, config.hidden_size)
+        hidden = config.hidden_size
         self.dropout = config.hidden_dropout
         self.compute_dtype = torch.bfloat16 if compute.bf16 else None
         init = matrix_init(config, 1.0)
@@ -127,7 +127,7 @@ class T5Encoder(_Stack):
     """Bidirectional stack."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
-        layers = (EncoderLayer(config, compute) for _ in range(cast(int, config.encoder_num_layers)))
+        layers = (EncoderLayer(config, compute) for _ in range(config.encoder_num_layers))
         super().__init__(config, compute, layers, bidirectional=True)
 
     def forward(self, hidden: Tensor, *, mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
@@ -150,7 +150,7 @@ class T5Decoder(_Stack):
     """Causal stack with cross-attention to the encoder output."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
-        layers = (DecoderLayer(config, compute) for _ in range(cast(int, config.decoder_num_layers)))
+        layers = (DecoderLayer(config, compute) for _ in range(config.decoder_num_layers))
         super().__init__(config, compute, layers, bidirectional=False)
 
     def forward(
@@ -198,7 +198,7 @@ class T5Model(nn.Module):
         self.embedding = T5Embedding(config, compute)
         self.encoder = T5Encoder(config, compute)
         self.decoder = T5Decoder(config, compute)
-        hidden = cast(int, config.hidden_size)
+        hidden = config.hidden_size
         self.logit_scale = hidden**-0.5 if config.scale_logits else 1.0
         self.lm_head: Linear | None = None
         if not config.share_embeddings_and_output_weights:
