@@ -67,10 +67,16 @@ def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], strict: bool =
         CheckpointError: A file is missing or damaged, or names, shapes or dtypes differ. After an error while reading,
             raised on all ranks, some tensors may have been filled.
     """
-    reader = SafetensorsReader(path)
-    tensors = _matching(path, tensors, reader.manifest["tensors"], strict)
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     single = not dist.is_initialized() or dist.get_world_size() == 1
+    reader: SafetensorsReader | None = None
+    error: CheckpointError | None = None
+    try:
+        reader = SafetensorsReader(path)
+        tensors = _matching(path, tensors, reader.manifest["tensors"], strict)
+    except CheckpointError as raised:
+        error = raised
+    _raise_on_all(error, single)
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _no_warning_of_single_process():
             dcp.load(_detached(tensors), storage_reader=reader, planner=planner, no_dist=single)
@@ -88,6 +94,17 @@ def _no_warning_of_single_process() -> Iterator[None]:
 
 def _detached(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _raise_on_all(error: CheckpointError | None, single: bool) -> None:
+    """Raise the first error that any rank has; else a rank without one would wait for the others for ever."""
+    errors = [error]
+    if not single:
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise found
 
 
 def _matching(
