@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,36 @@ def test_a_worker_that_dies_ends_the_run(tmp_path: Path, monkeypatch: pytest.Mon
 
 def _die(chunk: Any) -> None:
     os._exit(9)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through Linux's /proc")
+def test_workers_end_with_a_killed_parent_and_the_next_run_is_whole(tmp_path: Path) -> None:
+    pipe = tmp_path / "in.txt"
+    os.mkfifo(pipe)  # an input that never ends
+    flags = ["--input", pipe, "--output-prefix", tmp_path / "x", "--tokenizer-type", "ByteTokenizer", "--workers", "2"]
+    process = subprocess.Popen([sys.executable, TOOL, *map(str, flags)], stderr=subprocess.DEVNULL)
+    with pipe.open("wb") as writer:
+        writer.write(b"text\n" * 1_000_000)  # more than the pipe holds: some of it was read when this returns
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 2
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 20
+    while any(_running(child) for child in children):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.05)
+    assert names(tmp_path) == {"in.txt", "x_text_document.bin.partial"}
+    pipe.unlink()
+    pipe.write_text("one\n")
+    run(pipe, tmp_path / "x")
+    assert texts_of(tmp_path / "x") == ["one"] and "x_text_document.bin.partial" not in names(tmp_path)
+
+
+def _running(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

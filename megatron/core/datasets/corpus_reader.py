@@ -126,7 +126,7 @@ def _blocks(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int]]:
         with source.path.open("rb") as file:
             for part in _decompressed(file, source.path.suffix, block_bytes):
                 parts.append(part)
-                position = file.tell()
+                position = file.tell() if file.seekable() else 0  # pipes do not say
                 if sum(map(len, parts)) >= block_bytes:
                     yield b"".join(parts), position
                     parts = []

@@ -315,8 +315,8 @@ class _Progress:
             return
         self._last_documents, self._last_time = stats.documents, now
         done = min((self._before[source] + chunk.bytes_read) / self._total, 1.0)
-        eta_s = stats.elapsed_s / done * (1.0 - done) if done else float("inf")
-        self._print(f"{100 * done:.1f}% | {self._rates()} | ETA {eta_s:.0f} s")
+        eta = f"{stats.elapsed_s / done * (1.0 - done):.0f} s" if done else "unknown"
+        self._print(f"{100 * done:.1f}% | {self._rates()} | ETA {eta}")
 
     def finish(self) -> None:
         """Print the totals."""
