@@ -1,0 +1,265 @@
+"""Samples a second on one core: span corruption here, as a numpy collator, and in Megatron-LM's T5 dataset.
+
+All contenders read the same indexed dataset of random ids, whose documents have 600 tokens each: what suits
+Megatron-LM best, which makes one sample of the first 510 tokens of a document. They take turns, round after
+round; a row is a median over the rounds. Times are CPU time of the (single-threaded) process that does the work,
+so that neighbours on the machine disturb little. Prints one JSON object a row.
+
+    python benchmarks/span_corruption.py [--output benchmarks/results/span_corruption.jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.core.config import DataConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.core.datasets.t5_dataset import SpanCorruptionDataset, SpecialTokens
+
+VOCAB_SIZE = 32_100
+SPECIAL = SpecialTokens(
+    VOCAB_SIZE, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=tuple(range(32_099, 31_999, -1))
+)
+DOCUMENT_TOKENS = 600
+MEGATRON_DECODER_LENGTH = 128  # Megatron-LM's published setting; its targets vary in length, 114 would not hold them
+
+
+class Contender:
+    """One row of the result: makes samples when asked, and remembers how fast it was."""
+
+    def __init__(self, name: str, samples_per_round: int, run: Callable[[int], float], facts: dict[str, Any]) -> None:
+        """`run(n)` makes n samples and returns the seconds that took; `facts` describe a sample."""
+        self.name = name
+        self.samples_per_round = samples_per_round
+        self.run = run
+        self.facts = facts
+        self.rates: list[float] = []
+
+    def round(self) -> None:
+        """Measure once."""
+        self.rates.append(self.samples_per_round / self.run(self.samples_per_round))
+
+    def row(self) -> dict[str, Any]:
+        """Medians over the rounds."""
+        rate = statistics.median(self.rates)
+        raw_tokens, row_bytes = self.facts["raw_tokens_per_sample"], self.facts["row_bytes_per_sample"]
+        return {
+            "name": self.name,
+            "samples_per_s": round(rate, 1),
+            "samples_per_s_range": [round(min(self.rates), 1), round(max(self.rates), 1)],
+            "raw_tokens_per_s": round(rate * raw_tokens),
+            "gb_per_s": round(rate * (2 * raw_tokens + row_bytes) / 1e9, 4),  # uint16 ids read + rows written
+            **{name: round(value, 4) if isinstance(value, float) else value for name, value in self.facts.items()},
+        }
+
+
+def write_corpus(prefix: Path, num_tokens: int) -> IndexedDataset:
+    """An indexed dataset of random ids below the sentinels."""
+    rng = np.random.default_rng(0)
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for _ in range(num_tokens // DOCUMENT_TOKENS // 1000):
+            tokens = rng.integers(5, 32_000, 1000 * DOCUMENT_TOKENS, dtype=np.uint16)
+            writer.add_documents(tokens, np.full(1000, DOCUMENT_TOKENS))
+        writer.finalize()
+    return IndexedDataset(prefix)
+
+
+def ours(dataset: SpanCorruptionDataset, batch_size: int, samples_per_round: int) -> Contender:
+    """The public interface, arrays allocated anew for each batch."""
+    consumed = 0
+
+    def run(count: int) -> float:
+        nonlocal consumed
+        began = time.process_time()
+        for first in range(consumed, consumed + count, batch_size):
+            dataset.batch(np.arange(first, first + batch_size))
+        consumed += count
+        return time.process_time() - began
+
+    facts = {
+        "batch_size": batch_size,
+        "encoder_length": dataset.encoder_length,
+        "decoder_length": dataset.decoder_length,
+        "encoder_padding": 0.0,
+        "decoder_padding": 0.0,
+        "raw_tokens_per_sample": dataset.lengths.raw,
+        "row_bytes_per_sample": 4 * (dataset.encoder_length + 2 * dataset.decoder_length),
+    }
+    return Contender("megatron-t5", samples_per_round, run, facts)
+
+
+# The collator of Hugging Face's run_t5_mlm_flax.py as an algorithm: per example, two shuffled boolean vectors give
+# the span lengths; per batch, sentinels and a filter make the rows. Written anew here, a little faster than there
+# (bincount in place of a sort).
+
+
+def random_segments(items: int, segments: int, rng: np.random.RandomState) -> NDArray[np.int64]:
+    """Lengths of `segments` non-empty parts of `items`, [segments]."""
+    starts = np.arange(items - 1) < segments - 1
+    rng.shuffle(starts)
+    return np.bincount(np.cumsum(np.concatenate([[False], starts])), minlength=segments)
+
+
+def noise_mask(raw: int, noise: int, spans: int, rng: np.random.RandomState) -> NDArray[np.bool_]:
+    """True where a token is noise, [raw]."""
+    noise_lengths = random_segments(noise, spans, rng)
+    kept_lengths = random_segments(raw - noise, spans, rng)
+    lengths = np.stack([kept_lengths, noise_lengths], axis=1).reshape(-1)
+    return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
+
+
+def replace_spans(tokens: NDArray[np.int64], mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Each masked span as one sentinel, then EOS; [b, raw] -> [b, unmasked + spans + 1]."""
+    starts = mask & ~np.pad(mask[:, :-1], ((0, 0), (1, 0)))
+    sentinels = VOCAB_SIZE - np.cumsum(starts, axis=1)
+    rows = np.where(starts, sentinels, tokens)[~mask | starts].reshape(len(tokens), -1)
+    return np.concatenate([rows, np.full((len(rows), 1), SPECIAL.eos_id)], axis=1)
+
+
+def numpy_collator(dataset: SpanCorruptionDataset, tokens: NDArray[Any], batch_size: int, count: int) -> Contender:
+    """A batch at a time, from windows at random places of the corpus."""
+    raw, _, _, noise, spans = dataset.lengths
+    rng = np.random.RandomState(0)  # the generator that the script uses
+
+    def batch() -> None:
+        starts = rng.randint(0, len(tokens) - raw, batch_size)
+        windows = np.stack([tokens[start : start + raw] for start in starts]).astype(np.int64)
+        mask = np.stack([noise_mask(raw, noise, spans, rng) for _ in range(batch_size)])
+        encoder = replace_spans(windows, mask)
+        labels = replace_spans(windows, ~mask)
+        decoder = np.empty_like(labels)
+        decoder[:, 0], decoder[:, 1:] = SPECIAL.decoder_start_id, labels[:, :-1]
+        assert encoder.shape[1] == dataset.encoder_length
+        assert labels.shape[1] == dataset.decoder_length
+
+    def run(count: int) -> float:
+        began = time.process_time()
+        for _ in range(count // batch_size):
+            batch()
+        return time.process_time() - began
+
+    facts = {
+        "batch_size": batch_size, "encoder_length": dataset.encoder_length, "decoder_length": dataset.decoder_length,
+        "encoder_padding": 0.0, "decoder_padding": 0.0,
+        "raw_tokens_per_sample": raw, "row_bytes_per_sample": 8 * (dataset.encoder_length + 2 * dataset.decoder_length),
+    }  # fmt: skip
+    return Contender("numpy collator (algorithm of run_t5_mlm_flax.py)", count, run, facts)
+
+
+class MegatronUnavailableError(Exception):
+    """Megatron-LM's dataset could not be brought up; says where it stopped."""
+
+
+@contextmanager
+def megatron(prefix: Path, encoder_length: int, samples_per_round: int) -> Iterator[Contender]:
+    """Megatron-LM's T5 dataset from its wheel, `dataset[i]` in a loop, in a process of its own."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    import megatron_oracle
+    import pytest
+
+    try:
+        folder = megatron_oracle.megatron_core_directory()
+    except pytest.skip.Exception as skipped:
+        raise MegatronUnavailableError(str(skipped)) from None
+    lengths = {"batch_size": 1, "encoder_length": encoder_length, "decoder_length": MEGATRON_DECODER_LENGTH}
+    arguments = map(str, (prefix, VOCAB_SIZE, encoder_length, MEGATRON_DECODER_LENGTH))
+    worker = Path(__file__).with_name("span_corruption_megatron.py")
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(worker), *arguments],
+        cwd=prefix.parent, env=os.environ | {"PYTHONPATH": str(folder)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdin and process.stdout and process.stderr
+        answers, questions = process.stdout, process.stdin
+        ready = answers.readline()
+        if not ready:
+            errors = [line for line in process.stderr.read().splitlines() if "Error" in line]
+            raise MegatronUnavailableError(errors[-1] if errors else f"the worker ended with status {process.wait()}")
+
+        def run(count: int) -> float:
+            print(count, file=questions, flush=True)
+            return float(answers.readline())
+
+        name = f"Megatron-LM T5MaskedWordPieceDataset (megatron-core {megatron_oracle.VERSION})"
+        yield Contender(name, samples_per_round, run, lengths | json.loads(ready))
+
+
+def cpu_model() -> str:
+    """What the processor calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def measure(folder: Path, num_tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """All rows, ours first."""
+    prefix = folder / "corpus"
+    indexed = write_corpus(prefix, num_tokens)
+    config = DataConfig(encoder_seq_length=512)
+    dataset = SpanCorruptionDataset(indexed.tokens, (0, indexed.num_tokens), SPECIAL, config, seed=0, name="train")
+    contenders = [
+        ours(dataset, batch_size=128, samples_per_round=128 * 1000),
+        ours(dataset, batch_size=8, samples_per_round=8 * 4000),
+        numpy_collator(dataset, indexed.tokens, batch_size=128, count=128 * 16),
+    ]
+    missing: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        try:
+            contenders.append(stack.enter_context(megatron(prefix, config.encoder_seq_length, samples_per_round=80)))
+        except MegatronUnavailableError as error:
+            missing.append({"name": "Megatron-LM T5MaskedWordPieceDataset", "stopped_at": str(error)})
+        for _ in range(rounds + 1):
+            for contender in contenders:
+                contender.round()
+    rows = []
+    for contender in contenders:
+        del contender.rates[0]  # the warm-up
+        rows.append(contender.row())
+        rows[-1]["ours_is_faster_by"] = round(rows[0]["samples_per_s"] / rows[-1]["samples_per_s"], 2)
+    return rows + missing
+
+
+def main() -> None:
+    """Measure, print, and save when asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the rows to this file too")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds; one more warms up")
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens of the corpus, 2 bytes each")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    setting = {
+        "benchmark": "span_corruption",
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "cores_used": 1},
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "corpus_tokens": options.tokens,
+        "rounds": options.rounds,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(Path(folder), options.tokens, options.rounds)
+    lines = [json.dumps(row | setting) for row in rows]
+    print("\n".join(lines))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
