@@ -1,7 +1,7 @@
 """Masks of attention, as one additive bias for all layers of a stack.
 
 Shapes: b batch, n heads, q query length, k key length. Segment ids number the documents packed into a row from 1; 0 is
-padding. A query sees the keys of its own segment.
+padding. A query sees the keys of its own segment; what padding sees matters to nobody.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def visible_keys(
     if (query_segments is None) != (key_segments is None):
         raise ValueError("segment ids must be given for the encoder and the decoder, or for neither")
     if query_segments is not None and key_segments is not None:
-        same = query_segments[:, None, :, None] == key_segments[:, None, None, :]
-        return same & (key_segments != 0)[:, None, None, :]
+        return query_segments[:, None, :, None] == key_segments[:, None, None, :]
     return None if key_mask is None else key_mask[:, None, None, :]
 
 

@@ -44,9 +44,11 @@ def test_backends_agree(seed, b, q, k, shared, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_without_visible_keys_stay_finite(attention, dtype):
     query, key, value, bias = (x.detach().to(dtype).requires_grad_() for x in attention_inputs(0, 2, 2, 5, 5, 4, 1))
-    segments = torch.tensor([[1, 1, 2, 0, 0], [0, 0, 0, 0, 0]])
-    output = attention(query, key, value, masked_bias(bias, visible_keys(segments, segments), dtype), 1.0, 0.0)
-    (output * (segments > 0)[:, None, :, None]).sum().backward()
+    queries = torch.tensor([[1, 1, 2, 0, 0], [3, 0, 0, 0, 0]])
+    keys = torch.tensor([[1, 1, 2, 3, 3], [1, 1, 2, 2, 2]])  # the zeros and the 3 of the second row see nothing
+    output = attention(query, key, value, masked_bias(bias, visible_keys(queries, keys), dtype), 1.0, 0.0)
+    seeing = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
+    (output * seeing[:, None, :, None]).sum().backward()
     assert output.isfinite().all()
     for tensor in (query, key, value, bias):
         assert tensor.grad.isfinite().all()

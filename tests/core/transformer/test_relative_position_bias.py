@@ -73,6 +73,11 @@ def test_every_distance_equals_t5x(sizes, bidirectional):
     assert buckets(distances, bidirectional, *sizes) == t5x_bucket(distances, bidirectional, *sizes).tolist()
 
 
+def test_powers_fall_into_the_bucket_that_they_open():
+    """5, 10, 20, 40, 80 open a bucket each; a logarithm rounded down would leave 10 in the bucket of 5."""
+    assert buckets([-5, -9, -10, -19, -20, -40, -79, -80, -159], False, 10, 160) == [5, 5, 6, 6, 7, 8, 8, 9, 9]
+
+
 def make_bias(bidirectional):
     config = ModelConfig(encoder_num_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=8)
     bias = RelativePositionBias(config, bidirectional=bidirectional).double()
