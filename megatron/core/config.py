@@ -236,7 +236,7 @@ class OptimizerConfig:
     """Optimizer, learning-rate schedule and the regularisers of the loss."""
 
     optimizer: Literal["adamw", "adamw-scale", "adafactor"] = "adamw-scale"
-    """adamw-scale is AdamW with steps multiplied by each matrix's RMS, which T5 needs from scratch; adafactor is T5X's."""
+    """adamw-scale: AdamW, steps multiplied by each matrix's RMS, which T5 needs from scratch; adafactor: T5X's."""
     lr: float = option()
     """Peak learning rate. Default: 2e-2 for adamw-scale, 1e-2 for adafactor, 1e-4 for adamw."""
     min_lr: float = 0.0

@@ -261,7 +261,7 @@ def _ineffective(config: RunConfig, sources: dict[str, str]) -> Iterator[str]:
     small_lr = "lr" in given and optimizer.lr < 1e-3
     if optimizer.optimizer == "adamw-scale" and "optimizer" not in given and small_lr:
         yield (
-            f"--lr {optimizer.lr:g} is meant for plain Adam; the default --optimizer adamw-scale multiplies each step by "
+            f"--lr {optimizer.lr:g} is meant for plain Adam; the default --optimizer adamw-scale multiplies steps by "
             "the weights' RMS and wants about 2e-2 (give --optimizer adam for Megatron-LM's behaviour)"
         )
 

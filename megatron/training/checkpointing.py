@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import megatron
 from megatron.core.dist_checkpointing import latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
@@ -38,9 +37,13 @@ class Progress:
     skipped_iterations: int = 0
 
 
-def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint under its global name."""
-    tensors: dict[str, torch.Tensor] = {f"model/{name}": value for name, value in model.named_parameters()}
+def training_tensors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint under its global name.
+
+    The parameters are the optimizer's: between a forward and a backward pass the model shows gathered copies.
+    """
+    named = zip(optimizer.names, optimizer.parameters, strict=True)
+    tensors: dict[str, torch.Tensor] = {f"model/{name}": parameter for name, parameter in named}
     return tensors | optimizer.named_state()
 
 

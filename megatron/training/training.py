@@ -202,7 +202,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint."""
         start = time.perf_counter()
-        tensors = training_tensors(self.model, self.optimizer)
+        tensors = training_tensors(self.optimizer)
         path = save_training_checkpoint(self.config, self.progress, tensors, self._description(), self.context)
         took = time.perf_counter() - start
         self._write({"iteration": self.progress.iteration, "checkpoint_pause_ms": took * 1e3})
@@ -220,7 +220,7 @@ class Trainer:
         """Continue from a checkpoint if there is one, and open the reports."""
         path = checkpoint_to_resume(self.config.checkpoint)
         if path is not None:
-            self.progress = resume(path, training_tensors(self.model, self.optimizer), self.config)
+            self.progress = resume(path, training_tensors(self.optimizer), self.config)
             say(f"continuing from {path}", self.context.is_main)
         save = self.config.checkpoint.save
         if self.context.is_main:
@@ -295,18 +295,28 @@ class _Window:
 
 
 def pretrain(config: RunConfig, vocab_size_given: bool = False) -> None:
-    """Train as configured. `vocab_size_given`: keep the configured vocabulary size instead of the tokenizer's."""
-    start = time.perf_counter()
+    """Train as configured, in this process or in the process group that torchrun describes.
+
+    Args:
+        config: The run.
+        vocab_size_given: Keep the configured vocabulary size instead of taking the tokenizer's.
+    """
     with parallel_context(config.parallel) as context:
-        data = open_data(config)
-        fit_vocabulary(config, data.tokenizer, vocab_size_given)
-        for warning in data.warnings:
-            warn(warning, context.is_main)
-        trainer = Trainer(config, data, context)
-        trainer.start()
-        say(trainer.describe(), context.is_main)
-        if trainer.progress.iteration >= trainer.total_iterations:
-            say(f"nothing left to do: {trainer.progress.iteration} steps are done", context.is_main)
-        trainer.train()
-        trainer.close()
-        say(f"done in {format_duration(time.perf_counter() - start)}", context.is_main)
+        pretrain_in(context, config, vocab_size_given)
+
+
+def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: bool = False) -> None:
+    """`pretrain` in a context that exists already."""
+    start = time.perf_counter()
+    data = open_data(config)
+    fit_vocabulary(config, data.tokenizer, vocab_size_given)
+    for warning in data.warnings:
+        warn(warning, context.is_main)
+    trainer = Trainer(config, data, context)
+    trainer.start()
+    say(trainer.describe(), context.is_main)
+    if trainer.progress.iteration >= trainer.total_iterations:
+        say(f"nothing left to do: {trainer.progress.iteration} steps are done", context.is_main)
+    trainer.train()
+    trainer.close()
+    say(f"done in {format_duration(time.perf_counter() - start)}", context.is_main)

@@ -10,6 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from megatron.core.parallel_state import ParallelContext
+from megatron.training.arguments import parse_args
+from megatron.training.training import pretrain_in
+from tests.distributed import run_distributed
 
 ROOT = Path(__file__).parents[2]
 TINY = shlex.split(
@@ -66,44 +72,71 @@ def test_loss_falls_from_ln_v_and_metrics_are_complete(byte_dataset: Path, tmp_p
     assert "ETA" in result.stdout and "validation at step 60" in result.stdout
 
 
-@pytest.mark.parametrize("strategy", ["no_shard", "optim_grads", "optim_grads_params"])
+def _train_here(rank: int, runs: list[list[str]]) -> None:
+    """Train in this process, or in this rank of a process group that exists already."""
+    for flags in runs:
+        config = parse_args(flags).config
+        pretrain_in(ParallelContext.create(config.parallel, torch.device("cpu")), config)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw-scale", "adafactor", "adamw"])
-def test_two_processes_train_as_one(byte_dataset: Path, tmp_path: Path, strategy: str, optimizer: str) -> None:
-    if optimizer != "adamw-scale" and strategy == "optim_grads_params":
-        pytest.skip("covered by optim_grads for this optimizer")
+def test_two_processes_train_as_one(byte_dataset: Path, tmp_path: Path, optimizer: str) -> None:
+    """Under every sharding strategy, with gradient accumulation."""
     common = [*TINY, "--data-path", str(byte_dataset), "--train-iters", "6", "--optimizer", optimizer]
-    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    train([*common, "--global-batch-size", "8", "--micro-batch-size", "8", "--metrics-file", str(one)])
-    two_flags = ["--global-batch-size", "8", "--micro-batch-size", "2", "--data-parallel-sharding-strategy", strategy]
-    train([*common, *two_flags, "--metrics-file", str(two)], processes=2)
-    for key in ("lm_loss", "grad_norm", "validation_lm_loss", "validation_noise_lm_loss"):
-        assert rows(two, key) == pytest.approx(rows(one, key), rel=2e-5)
+    common += ["--global-batch-size", "8"]
+    one = tmp_path / "one.jsonl"
+    _train_here(0, [[*common, "--metrics-file", str(one)]])
+    strategies = ["no_shard", "optim_grads", "optim_grads_params"]
+    two = {strategy: tmp_path / f"{strategy}.jsonl" for strategy in strategies}
+    sharded = [
+        [*common, "--micro-batch-size", "2", "--data-parallel-sharding-strategy", name, "--metrics-file", str(file)]
+        for name, file in two.items()
+    ]
+    run_distributed(_train_here, 2, sharded)
+    for file in two.values():
+        for key in ("lm_loss", "grad_norm", "validation_lm_loss", "validation_noise_lm_loss"):
+            assert rows(file, key) == pytest.approx(rows(one, key), rel=2e-5)
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw-scale", "adafactor"])
 def test_the_same_command_continues_bit_for_bit(
     byte_dataset: Path, tmp_path: Path, processes: int, optimizer: str
 ) -> None:
-    strategy = ["--data-parallel-sharding-strategy", "optim_grads"] if processes else []
+    """Stopped after 4 of 8 steps, with dropout and accumulation; every byte of weights and optimizer state."""
     flags = [
         *TINY, "--data-path", str(byte_dataset), "--optimizer", optimizer, "--micro-batch-size", "2",
         "--global-batch-size", "8", "--save-interval", "4", "--hidden-dropout", "0.1", "--attention-dropout", "0.1",
-        "--lr-decay-iters", "8", *strategy,
+        "--lr-decay-iters", "8", "--data-parallel-sharding-strategy", "optim_grads",
     ]  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train([*flags, "--train-iters", "8", "--save", str(whole)], processes)
-    train([*flags, "--train-iters", "4", "--save", str(parts)], processes)
-    assert (parts / "finished").exists()
-    train([*flags, "--train-iters", "8", "--save", str(parts)], processes)
+    runs = [
+        [*flags, "--train-iters", "8", "--save", str(whole)],
+        [*flags, "--train-iters", "4", "--save", str(parts)],
+        [*flags, "--train-iters", "8", "--save", str(parts)],
+    ]
+    if processes == 1:
+        _train_here(0, runs)
+    else:
+        run_distributed(_train_here, processes, runs)
     assert rows(parts / "metrics.jsonl") == rows(whole / "metrics.jsonl")
     assert rows(parts / "metrics.jsonl", "grad_norm") == rows(whole / "metrics.jsonl", "grad_norm")
     shards = sorted(path.name for path in (whole / "iter_0000008").glob("*.safetensors"))
-    assert len(shards) == max(processes, 1)
+    assert len(shards) == processes
     for name in shards:
         assert (whole / "iter_0000008" / name).read_bytes() == (parts / "iter_0000008" / name).read_bytes()
-    again = launch([*flags, "--train-iters", "8", "--save", str(parts)], processes)
-    assert again.returncode == 0 and "nothing left to do" in again.stdout
+
+
+def test_torchrun_stops_continues_and_finishes(byte_dataset: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--save", str(tmp_path)]
+    flags += ["--lr-decay-iters", "4", "--train-iters"]
+    train([*flags, "2"], processes=2)
+    assert json.loads((tmp_path / "finished").read_text())["iteration"] == 2
+    more = launch([*flags, "4"], processes=2)
+    assert more.returncode == 0 and "continuing from" in more.stdout
+    assert sorted(rows(tmp_path / "metrics.jsonl")) == [1, 2, 3, 4]
+    again = launch([*flags, "4"], processes=2)
+    assert again.returncode == 0 and "nothing left to do: 4 steps" in again.stdout
 
 
 def test_metrics_beyond_the_checkpoint_are_written_anew(byte_dataset: Path, tmp_path: Path) -> None:
@@ -238,7 +271,7 @@ def test_damaged_datasets_are_refused(byte_dataset: Path, tmp_path: Path, damage
             ["--data-path", "DATA", "--encoder-seq-length", "200000", "--vocab-extra-ids", "100"],
             "--vocab-extra-ids is 100",
         ),
-        (["--data-path", "DATA", "--seq-length", "160000", "--mean-noise-span-length", "2000"], "one sample takes"),
+        (["--data-path", "DATA", "--seq-length", "400000", "--mean-noise-span-length", "4000"], "one sample takes"),
         (["--data-path", "DATA", "--seq-length", "2048", "--mean-noise-span-length", "1.1"], "sentinels"),
         (["--data-path", "DATA", "--decoder-seq-length", "5"], "--decoder-seq-length is 5"),
         (

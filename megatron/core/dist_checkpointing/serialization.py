@@ -134,7 +134,9 @@ def _refuse(path: Path, problem: str, names: list[str]) -> None:
 
 def _raise(failure: dcp.CheckpointException, message: str) -> NoReturn:
     """Raise what torch gathered from the ranks as one of our errors; a bug keeps its traceback."""
-    rank, (error, _) = sorted(failure.failures.items())[0]
+    rank, (error, _) = min(failure.failures.items(), key=lambda item: item[0])
+    if not isinstance(error, Exception):  # an interrupt is no failure to save
+        raise error
     if isinstance(error, CheckpointError):
         raise CheckpointError(f"{message}: {error}") from error
     if isinstance(error, OSError):

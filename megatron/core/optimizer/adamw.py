@@ -52,7 +52,7 @@ class AdamW(Optimizer):
             beta1=self.config.adam_beta1,
             beta2=self.config.adam_beta2,
             weight_decay=decay,
-            eps=self.config.adam_eps,  # type: ignore[arg-type]  # filled in by the config
+            eps=self.config.adam_eps,
             amsgrad=False,
             maximize=False,
         )

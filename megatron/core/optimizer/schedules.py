@@ -32,7 +32,7 @@ class LearningRateSchedule:
     def __init__(self, config: OptimizerConfig, total: int, unit: Unit = "iterations") -> None:
         self.style = config.lr_decay_style
         self.wsd_style = config.lr_wsd_decay_style
-        self.peak: float = config.lr  # type: ignore[assignment]  # filled in by the config
+        self.peak = config.lr
         self.minimum = config.min_lr
         self.start = config.lr_warmup_init
         _refuse_other_unit(config, unit)
