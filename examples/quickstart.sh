@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 source tools/environment.sh
 prepare_environment plot
 RUN=${RUN:-quickstart-run}
-STEPS=${STEPS:-5000}
+STEPS=${STEPS:-1800}
 mkdir -p "$RUN"
 
 if [ ! -e "$RUN/corpus.jsonl" ]; then
@@ -27,10 +27,10 @@ echo "[4/6] pretraining a T5 v1.1 of 4 + 4 layers on two processes"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 torchrun --standalone --nproc-per-node 2 pretrain_t5.py \
     --encoder-num-layers 4 --decoder-num-layers 4 --hidden-size 192 --num-attention-heads 6 --kv-channels 32 \
-    --ffn-hidden-size 512 --encoder-seq-length 64 --data-path "$RUN/corpus" --split 95,5,0 \
+    --ffn-hidden-size 512 --encoder-seq-length 64 --data-path "$RUN/corpus" --split 90,10,0 \
     --micro-batch-size 4 --global-batch-size 8 --train-iters "$STEPS" \
     --optimizer adamw-scale --lr 2e-2 --lr-decay-style cosine --lr-warmup-iters 200 --clip-grad 1.0 \
-    --log-interval 100 --eval-interval 1000 --save-interval 1000 --save "$RUN/checkpoints" "$@"
+    --log-interval 50 --eval-interval 450 --save-interval 600 --save "$RUN/checkpoints" "$@"
 
 echo "[5/6] drawing the loss curve"
 python tools/plot_metrics.py --output "$RUN/loss.png" "$RUN/checkpoints/metrics.jsonl"

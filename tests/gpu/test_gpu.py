@@ -1,0 +1,97 @@
+"""What only a GPU can show. `bash tests/run.sh -m gpu`; docs/gpu-status.md says what has been seen to pass."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.core.config import ComputeConfig, ModelConfig, OptimizerConfig
+from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.optimizer import build_optimizer
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import initialize_parameters
+from megatron.training.arguments import parse_args
+from megatron.training.training import pretrain_in
+from tests.training.test_pretrain import ROOT, TINY, rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CONFIG = ModelConfig(encoder_num_layers=2, hidden_size=64, num_attention_heads=4, kv_channels=32, vocab_size=384)
+
+
+def build(device: str, compute: ComputeConfig) -> T5Model:
+    with torch.device("meta"):
+        model = T5Model(CONFIG, compute, z_loss_weight=1e-4)
+    model.to_empty(device=device)
+    initialize_parameters(model, seed=1)
+    return model
+
+
+def loss_and_gradients(device: str, compute: ComputeConfig, lengths: tuple[int, int]) -> dict[str, torch.Tensor]:
+    model = build(device, compute)
+    generator = torch.Generator().manual_seed(2)
+    encoder = torch.randint(3, 384, (3, lengths[0]), generator=generator).to(device)
+    labels = torch.randint(3, 384, (3, lengths[1]), generator=generator).to(device)
+    losses = model(encoder, labels.roll(1, 1), labels).loss
+    loss = (losses.cross_entropy + losses.z_loss).mean()
+    loss.backward()
+    gradients = {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+    return gradients | {"loss": loss.detach().cpu()}
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "unfused"])
+@pytest.mark.parametrize("lengths", [(64, 14), (512, 114), (192, 64)])
+def test_attention_backends_give_the_cpu_gradients(backend: str, lengths: tuple[int, int]) -> None:
+    expected = loss_and_gradients("cpu", ComputeConfig(attention_backend="unfused"), lengths)
+    found = loss_and_gradients("cuda", ComputeConfig(attention_backend=backend), lengths)  # type: ignore[arg-type]
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
+
+
+def test_bf16_is_close_to_fp32() -> None:
+    expected = loss_and_gradients("cpu", ComputeConfig(), (512, 114))
+    found = loss_and_gradients("cuda", ComputeConfig(bf16=True), (512, 114))
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 5e-2 * value.norm(), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-scale", "adafactor"])
+def test_optimizers_step_as_on_the_cpu(optimizer: str) -> None:
+    after = []
+    for device in ("cpu", "cuda"):
+        model = build(device, ComputeConfig())
+        stepper = build_optimizer(
+            OptimizerConfig(optimizer=optimizer), model, ParallelContext(device=torch.device(device))
+        )  # type: ignore[arg-type]
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            stepper.step(1e-2)
+        after.append({name: parameter.detach().cpu() for name, parameter in model.named_parameters()})
+    for name, value in after[0].items():
+        torch.testing.assert_close(after[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_training_gives_the_cpu_losses(byte_dataset: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--train-iters", "20"]
+    for device in ("cpu", "cuda"):
+        config = parse_args([*flags, "--metrics-file", str(tmp_path / f"{device}.jsonl")]).config
+        pretrain_in(ParallelContext(device=torch.device(device)), config)
+    assert rows(tmp_path / "cuda.jsonl") == pytest.approx(rows(tmp_path / "cpu.jsonl"), rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", [[], ["--bf16"]])
+def test_torchrun_trains_and_saves_with_nccl(byte_dataset: Path, tmp_path: Path, precision: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    flags = [*TINY, "--data-path", str(byte_dataset), "--train-iters", "4", "--save", str(tmp_path), *precision]
+    result = subprocess.run(
+        [*command, str(ROOT / "pretrain_t5.py"), *flags], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert rows(tmp_path / "metrics.jsonl", "memory_gib")[4] > 0
+    assert (tmp_path / "iter_0000004" / "manifest.json").exists()
