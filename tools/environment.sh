@@ -22,10 +22,10 @@ prepare_environment() {
     fi
     # torch first and pinned: whatever else is installed then finds it there and pulls no other build.
     echo "[setup] installing torch"
-    python -m pip install --quiet --constraint "$root/tools/constraints.txt" torch || return 1
+    python -m pip install -qq --constraint "$root/tools/constraints.txt" torch || return 1
     echo "[setup] installing the package, its C++ extension and pinned dependencies"
-    python -m pip install --quiet --constraint "$root/tools/constraints.txt" setuptools wheel pybind11 || return 1
-    python -m pip install --quiet --constraint "$root/tools/constraints.txt" --no-build-isolation \
+    python -m pip install -qq --constraint "$root/tools/constraints.txt" setuptools wheel pybind11 || return 1
+    python -m pip install -qq --constraint "$root/tools/constraints.txt" --no-build-isolation \
         --editable "$root${extras:+[$extras]}" || return 1
     echo "$wanted" > "$stamp"
 }
