@@ -8,6 +8,7 @@ torch, so that `--help` is quick.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -309,7 +310,7 @@ class TokenizerConfig:
         ]
         | None
     ) = None
-    """Kind of tokenizer. Default: the one that travels with the data, or told by the file's name."""
+    """Kind of tokenizer. Default: told by the tokenizer that travels with the data, or by the file's name."""
     tokenizer_model: str | None = None
     """SentencePiece model file or Hugging Face tokenizer.json (or the directory that holds it)."""
     vocab_file: str | None = None
@@ -318,8 +319,8 @@ class TokenizerConfig:
     """Sentinels to add for span corruption. Default: the tokenizer's own, else 100."""
 
     def __post_init__(self) -> None:
-        if self.vocab_extra_ids is not None and self.vocab_extra_ids < 0:
-            raise UserError(f"--vocab-extra-ids is {self.vocab_extra_ids}; it must not be negative")
+        if self.vocab_extra_ids is not None and not 0 <= self.vocab_extra_ids <= 1_000_000:
+            raise UserError(f"--vocab-extra-ids is {self.vocab_extra_ids}; it must lie between 0 and 1000000")
 
 
 @dataclass(kw_only=True)
@@ -353,7 +354,7 @@ class DataConfig:
             parts = [float(part) for part in self.split.split(",")]
         except ValueError:
             parts = []
-        if not 1 <= len(parts) <= 3 or min(parts, default=-1) < 0 or sum(parts) <= 0:
+        if not 1 <= len(parts) <= 3 or min(parts, default=-1) < 0 or not 0 < sum(parts) < math.inf:
             raise UserError(f"--split is {self.split!r}; give up to three non-negative shares such as 969,30,1")
         parts += [0.0] * (3 - len(parts))
         total = sum(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -36,5 +37,17 @@ def publish_bytes(path: Path, content: bytes) -> None:
     """Write `content` under the name `path`: temporary file, fsync, rename, fsync of the directory."""
     partial = partial_path(path)
     write_durably(partial, content)
-    partial.replace(path)
+    try:
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     fsync_directory(path.parent)
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Rename the directory `source` to `target`, which is removed first if it exists."""
+    if target.exists():
+        shutil.rmtree(target)
+    source.rename(target)
+    fsync_directory(target.parent)

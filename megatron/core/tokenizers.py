@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 
 from megatron.core.config import TokenizerConfig
 from megatron.core.errors import UserError
-from megatron.core.file_utils import fsync_directory, partial_path, write_durably
+from megatron.core.file_utils import fsync_directory, partial_path, replace_directory, write_durably
 
 CONFIG_NAME = "tokenizer_config.json"
 CONFIG_FORMAT = "megatron-t5 tokenizer"
@@ -112,8 +112,13 @@ class Tokenizer(abc.ABC):
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write a directory that `load_tokenizer` reads, replacing one that exists; it appears whole or not at all."""
+        """Write a directory that `load_tokenizer` reads, replacing one that exists; it appears whole or not at all.
+
+        Raises:
+            UserError: there is something else under this name.
+        """
         directory = Path(directory)
+        require_replaceable(directory)
         partial = partial_path(directory)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -130,13 +135,10 @@ class Tokenizer(abc.ABC):
                 write_durably(partial / self.file_name, self._content)
             write_durably(partial / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
             fsync_directory(partial)
-            if directory.exists():
-                shutil.rmtree(directory)
-            partial.rename(directory)
+            replace_directory(partial, directory)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        fsync_directory(directory.parent)
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
@@ -342,7 +344,7 @@ class _BertWordPieceTokenizer(Tokenizer):
     @staticmethod
     def _parse(vocab_file: str | Path, content: bytes) -> dict[str, int]:
         try:
-            lines = [line.strip() for line in content.decode().rstrip().split("\n")]
+            lines = [line.strip() for line in content.decode("utf-8-sig").rstrip().split("\n")]
         except UnicodeDecodeError as error:
             raise UserError(f"--vocab-file {vocab_file} is not UTF-8 text: {error}") from error
         vocab: dict[str, int] = {}
@@ -430,27 +432,28 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         UserError: flags are missing or contradict each other, or the file is unusable.
     """
     kind: str | None = config.tokenizer_type
-    extra_ids = config.vocab_extra_ids
-    if kind == "ByteTokenizer":
-        return ByteTokenizer(extra_ids)
-    if kind in ("BertWordPieceCase", "BertWordPieceLowerCase"):
+    word_piece = kind in (BertWordPieceCase.type, BertWordPieceLowerCase.type)
+    if config.vocab_file is not None and not word_piece:
+        raise UserError(
+            f"--vocab-file goes with --tokenizer-type {BertWordPieceCase.type} or {BertWordPieceLowerCase.type}"
+            + (f", not {kind}; drop one of them" if kind else "; give one of them")
+        )
+    if config.tokenizer_model is not None:
+        path = Path(config.tokenizer_model)
+        if path.is_dir() and _saved_config(path) is not None:
+            return _load_with_flags(path, config)
+        if word_piece or kind == ByteTokenizer.type:
+            raise UserError(f"--tokenizer-model {path} has no effect with --tokenizer-type {kind}; drop one of them")
+        if path.is_dir():
+            path = _model_in_directory(path, kind)
+        return _TYPES[kind or _type_of_file(path)](path, config.vocab_extra_ids)
+    if kind == ByteTokenizer.type:
+        return ByteTokenizer(config.vocab_extra_ids)
+    if word_piece:
         if config.vocab_file is None:
             raise UserError(f"--tokenizer-type {kind} needs --vocab-file, a vocabulary with one token a line")
-        return _TYPES[kind](config.vocab_file, extra_ids)
-    if config.tokenizer_model is None:
-        if config.vocab_file is not None:
-            raise UserError("--vocab-file needs --tokenizer-type BertWordPieceCase or BertWordPieceLowerCase")
-        raise UserError(
-            "--tokenizer-model is missing; give a SentencePiece .model file, a tokenizer.json or its directory"
-        )
-    path = Path(config.tokenizer_model)
-    if path.is_dir():
-        if (path / CONFIG_NAME).is_file() and _saved_config(path) is not None:
-            return _load_with_flags(path, config)
-        path = _model_in_directory(path, kind)
-    if kind is None:
-        kind = _type_of_file(path)
-    return _TYPES[kind](path, extra_ids)
+        return _TYPES[str(kind)](config.vocab_file, config.vocab_extra_ids)
+    raise UserError("--tokenizer-model is missing; give a SentencePiece .model file, a tokenizer.json or its directory")
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -463,19 +466,35 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     config = _saved_config(directory)
     if config is None:
         raise UserError(f"{directory} holds no {CONFIG_NAME} of a saved tokenizer; give --tokenizer-model")
-    kind = _TYPES.get(config.get("tokenizer_type", ""))
-    if config.get("version") != CONFIG_VERSION or kind is None:
-        raise UserError(f"{directory / CONFIG_NAME} has another version than {CONFIG_VERSION} or an unknown type")
+    kind, extra_ids = _TYPES.get(str(config.get("tokenizer_type"))), config.get("vocab_extra_ids")
+    if config.get("version") != CONFIG_VERSION or kind is None or not isinstance(extra_ids, int):
+        raise UserError(
+            f"{directory / CONFIG_NAME} is damaged or of another version than {CONFIG_VERSION}; copy the directory "
+            "again, or use the release that wrote it"
+        )
     files = [] if kind.file_name is None else [directory / kind.file_name]
-    tokenizer: Tokenizer = kind(*files, extra_ids=config["vocab_extra_ids"])
+    tokenizer: Tokenizer = kind(*files, extra_ids=extra_ids)
     if tokenizer.fingerprint != config.get("fingerprint"):
         raise UserError(f"{directory}: the tokenizer's files changed since they were saved; copy the directory again")
     return tokenizer
 
 
+def require_replaceable(directory: str | Path) -> None:
+    """Check that `Tokenizer.save` may write here: nothing is there, or a tokenizer that it wrote.
+
+    Raises:
+        UserError: there is something else.
+    """
+    directory = Path(directory)
+    if directory.is_symlink() or (directory.exists() and _saved_config(directory) is None):
+        raise UserError(f"{directory} is not a directory of a saved tokenizer, and would be replaced by one; move it")
+
+
 def _load_with_flags(directory: Path, config: TokenizerConfig) -> Tokenizer:
     """A saved tokenizer, refused when other flags ask for something else."""
     tokenizer = load_tokenizer(directory)
+    if config.vocab_file is not None:
+        raise UserError(f"--vocab-file {config.vocab_file} has no effect: {directory} has its own; drop one of them")
     if config.tokenizer_type not in (None, tokenizer.type):
         raise UserError(
             f"--tokenizer-type is {config.tokenizer_type} but {directory} holds a {tokenizer.type}; drop it"

@@ -164,6 +164,9 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert (
         build_tokenizer(TokenizerConfig(tokenizer_model=str(tmp_path / "saved"))).fingerprint == tokenizer.fingerprint
     )
+    # The type may be named as well, whatever the kind.
+    both = TokenizerConfig(tokenizer_model=str(tmp_path / "saved"), tokenizer_type=tokenizer.type)  # type: ignore[arg-type]
+    assert build_tokenizer(both).fingerprint == tokenizer.fingerprint
     with pytest.raises(UserError, match="--vocab-extra-ids is 7"):
         build_tokenizer(TokenizerConfig(tokenizer_model=str(tmp_path / "saved"), vocab_extra_ids=7))
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
@@ -251,6 +254,18 @@ def test_wordpiece_keeps_tokens_the_vocabulary_has(tmp_path: Path) -> None:
     assert (tokenizer.eos_id, tokenizer.sentinel_ids, tokenizer.vocab_size) == (2, (3, 6), 7)
 
 
+def test_wordpiece_vocabulary_with_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes(b"\xef\xbb\xbf[PAD]\r\n[UNK]\r\nfox\r\n")
+    assert BertWordPieceCase(tmp_path / "vocab.txt", 0).tokenize("fox") == [2]
+
+
+def test_save_replaces_no_other_directory(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not a directory of a saved tokenizer"):
+        ByteTokenizer().save(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
 def test_bytes_number_as_byt5() -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.vocab_size == 384 and tokenizer.sentinel_ids == tuple(range(259, 384))
@@ -299,6 +314,13 @@ def test_type_is_told_by_the_name(folder: Path, tmp_path: Path) -> None:
         ({"tokenizer_model": "noeos.model"}, "noeos.model has no eos piece"),
         ({"tokenizer_model": "nopad.json"}, "nopad.json has no pad token"),
         ({"vocab_file": "vocab.txt"}, "--tokenizer-type BertWordPieceCase"),
+        ({"tokenizer_model": "t5.model", "vocab_file": "vocab.txt"}, "--vocab-file goes with"),
+        ({"tokenizer_type": "ByteTokenizer", "vocab_file": "vocab.txt"}, "not ByteTokenizer; drop one"),
+        ({"tokenizer_type": "ByteTokenizer", "tokenizer_model": "t5.model"}, "--tokenizer-model t5.model has no effect"),
+        (
+            {"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt", "tokenizer_model": "empty"},
+            "--tokenizer-model empty has no effect",
+        ),
         ({"tokenizer_type": "BertWordPieceCase"}, "needs --vocab-file"),
         ({"tokenizer_type": "BertWordPieceCase", "vocab_file": "none.txt"}, "none.txt cannot be read"),
         ({"tokenizer_type": "BertWordPieceCase", "vocab_file": "twice.txt"}, "twice.txt:3 repeats '[PAD]' of line 1"),
@@ -334,6 +356,12 @@ def test_saved_directory_is_incomplete_or_missing(folder: Path, tmp_path: Path) 
     (tmp_path / "saved" / "spiece.model").unlink()
     with pytest.raises(UserError, match=r"spiece.model cannot be read"):
         load_tokenizer(tmp_path / "saved")
+    path = tmp_path / "saved" / "tokenizer_config.json"
+    whole = json.loads(path.read_text())
+    for damage in ({"vocab_extra_ids": None}, {"tokenizer_type": ["x"]}, {"version": 99}):
+        path.write_text(json.dumps(whole | damage))
+        with pytest.raises(UserError, match=r"tokenizer_config.json is damaged or of another version"):
+            load_tokenizer(tmp_path / "saved")
     (tmp_path / "saved" / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config.json cannot be read"):
         load_tokenizer(tmp_path / "saved")

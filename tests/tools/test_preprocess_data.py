@@ -301,15 +301,90 @@ def test_empty_corpora_are_refused(tmp_path: Path) -> None:
 # --- failures ------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_when_publishing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Any, manifest: Any = None) -> None:
-        raise OSError(28, "No space left on device")
+def full_disk(self: Any, *arguments: Any) -> None:
+    raise OSError(28, "No space left on device")
 
+
+@pytest.mark.parametrize("step", ["_write_index", "publish"])
+def test_nothing_is_left_when_publishing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     (tmp_path / "in.txt").write_text("one\n")
-    monkeypatch.setattr(preprocessing.IndexedDatasetWriter, "finalize", full)
+    monkeypatch.setattr(preprocessing.IndexedDatasetWriter, step, full_disk)
     with pytest.raises(OSError, match="No space"):
         run(tmp_path / "in.txt", tmp_path / "x")
     assert names(tmp_path) == {"in.txt"}
+
+
+@pytest.mark.parametrize("owner", [preprocessing.IndexedDatasetWriter, ByteTokenizer])
+def test_old_data_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type) -> None:
+    """With several keys, none of the old datasets goes before all of the new ones are on the disk."""
+    (tmp_path / "in.jsonl").write_text('{"a": "one", "b": "two"}\n')
+    run(tmp_path / "in.jsonl", tmp_path / "x", json_keys=["a", "b"])
+    before = names(tmp_path)
+    step = "_write_index" if owner is preprocessing.IndexedDatasetWriter else "save"
+    work, calls = getattr(owner, step), []
+
+    def second_time_full(self: Any, *arguments: Any) -> None:
+        calls.append(work(self, *arguments) if not calls else full_disk(self))
+
+    monkeypatch.setattr(owner, step, second_time_full)
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path / "in.jsonl", tmp_path / "x", json_keys=["b", "a"], overwrite=True)
+    assert names(tmp_path) == before
+    assert texts_of(tmp_path / "x", "a") == ["one"] and texts_of(tmp_path / "x", "b") == ["two"]
+    load_tokenizer(tmp_path / "x_a_document_tokenizer")
+
+
+def test_inputs_are_neither_read_twice_nor_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one\n")
+    Path("link.txt").symlink_to("a.txt")
+    for twice in (["a.txt", "link.txt"], ["a.txt", "*.txt"], ["a.txt", str(tmp_path / "a.txt")]):
+        with pytest.raises(UserError, match="twice"):
+            run([Path(name) for name in twice], Path("x"))
+    Path("x_text_document.json").write_bytes(jsonl("precious"))
+    for prefix in (Path("x"), tmp_path / "x"):
+        with pytest.raises(UserError, match="would be replaced by the output"):
+            run(Path("x_text_document.json"), prefix, overwrite=True)
+    assert Path("x_text_document.json").read_bytes() == jsonl("precious")
+
+
+def test_only_a_tokenizer_directory_of_ours_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\n")
+    run(tmp_path / "in.txt", tmp_path / "y")
+    (tmp_path / "x_text_document_tokenizer").mkdir()
+    notes = tmp_path / "x_text_document_tokenizer" / "notes.txt"
+    notes.write_text("precious")
+    (tmp_path / "z_text_document_tokenizer").symlink_to("y_text_document_tokenizer")
+    for name in ("x", "z"):
+        with pytest.raises(UserError, match=f"{name}_text_document_tokenizer is not a directory of a saved tokenizer"):
+            run(tmp_path / "in.txt", tmp_path / name, overwrite=True)
+    assert notes.read_text() == "precious"
+    (tmp_path / "y_text_document.idx").unlink()  # as a crash leaves it: the same command again works
+    run(tmp_path / "in.txt", tmp_path / "y")
+    assert texts_of(tmp_path / "y") == ["one"]
+
+
+def test_a_tokenizer_may_replace_itself(tmp_path: Path) -> None:
+    """The corpus is preprocessed again with the tokenizer that lies beside it."""
+    (tmp_path / "in.txt").write_text("one\n")
+    run(tmp_path / "in.txt", tmp_path / "x")
+    beside = TokenizerConfig(tokenizer_model=str(tmp_path / "x_text_document_tokenizer"))
+    paths = {"input": [str(tmp_path / "in.txt")], "output_prefix": str(tmp_path / "x")}
+    preprocess(PreprocessConfig(**paths, tokenizer=beside, overwrite=True), io.StringIO())  # type: ignore[arg-type]
+    assert texts_of(tmp_path / "x") == ["one"]
+    assert load_tokenizer(tmp_path / "x_text_document_tokenizer").fingerprint == ByteTokenizer().fingerprint
+
+
+@pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
+def test_reading_one_long_record_takes_linear_time(tmp_path: Path, sample_by: Any) -> None:
+    """16,000 blocks that end no record: copying or searching what was read before for each would take minutes."""
+    path = tmp_path / "in.txt"
+    path.write_bytes(b"words and more \n"[: 15 if sample_by == "line" else 16] * 2_000_000)
+    (source,) = find_sources([str(path)], sample_by=sample_by)
+    began = time.process_time()
+    (chunk,) = read_chunks(source, 2000)
+    assert len(chunk.data) == path.stat().st_size
+    assert time.process_time() - began < 5
 
 
 def test_a_worker_that_dies_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,22 +94,28 @@ def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
     A file that ends early or is damaged yields its whole records as far as they can be read, then a chunk without
     data that carries the error.
     """
-    path = str(source.path)
-    first_line, rest, bytes_read, error = 1, b"", 0, None
+    first_line, bytes_read, error = 1, 0, None
+    rest = bytearray()  # which grows in place: a record of many blocks is not copied again for each of them
+
+    def take(end: int) -> Chunk:
+        data = bytes(rest[:end])
+        del rest[:end]
+        data = data if first_line > 1 else data.removeprefix(_BOM)
+        return Chunk(str(source.path), source.records, first_line, data, bytes_read, error)
+
     try:
         for block, bytes_read in _blocks(source, chunk_bytes):
-            data = rest + block
-            end = _end_of_records(data, max(len(rest) - 1, 0), source.records)
-            rest = data[end:]
-            if end:
-                records = data[:end] if first_line > 1 else data[:end].removeprefix(_BOM)
-                yield Chunk(path, source.records, first_line, records, bytes_read, None)
-                first_line += data.count(b"\n", 0, end)
+            searched = len(rest)
+            rest += block
+            if end := _end_of_records(rest, searched, source.records):
+                chunk = take(end)
+                yield chunk
+                first_line += chunk.data.count(b"\n")
     except _UnreadableError as reason:
-        rest, error = b"", str(reason)  # A record cut in two is worse than none.
+        error = str(reason)
+        rest.clear()  # A record cut in two is worse than none.
     if rest or error:
-        rest = rest if first_line > 1 else rest.removeprefix(_BOM)
-        yield Chunk(path, source.records, first_line, rest, bytes_read, error)
+        yield take(len(rest))
 
 
 class _UnreadableError(Exception):
@@ -171,12 +177,14 @@ def _zstandard_parts(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("Compressed file ended before the end of its last frame")
 
 
-def _end_of_records(data: bytes, searched: int, records: str) -> int:
-    """Where the last whole record of `data` ends, 0 when there is none; bytes before `searched` hold no line end."""
+def _end_of_records(data: bytearray, searched: int, records: str) -> int:
+    """Where the last whole record of `data` ends, 0 when there is none; none ends before `searched`."""
     if records == "document":
         return 0
     if records == "paragraph":
-        return max((match.end() for match in _BLANK_LINE.finditer(data)), default=0)
+        # A blank line that ends in the new bytes begins at the last line end of the old ones or later.
+        start = max(data.rfind(b"\n", 0, searched), 0)
+        return max((match.end() for match in _BLANK_LINE.finditer(data, start)), default=0)
     return data.rfind(b"\n", searched) + 1
 
 

@@ -289,8 +289,9 @@ class IndexedDatasetWriter:
     """Streaming writer; memory does not grow with the corpus.
 
     Use it as a context manager and call `finalize` at the end; leaving the block without it, or by an exception,
-    discards everything. Until `finalize`, nothing is under the final names (an older dataset of the same prefix
-    stays usable). `finalize` removes the old dataset, its index first, and renames the `.bin`, the manifest and the
+    discards everything. `finalize` is `prepare`, which writes all that is missing, and `publish`, which only renames:
+    until `publish`, nothing is under the final names (an older dataset of the same prefix stays usable, also when the
+    disk is full). `publish` removes the old dataset, its index first, and renames the `.bin`, the manifest and the
     `.idx` in this order: whatever the instant of a crash, an index that opens has its own `.bin` and manifest.
 
     Args:
@@ -326,6 +327,7 @@ class IndexedDatasetWriter:
         except BaseException:
             self._bin.close()
             raise
+        self._has_manifest = False
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self
@@ -372,7 +374,12 @@ class IndexedDatasetWriter:
             self._end_documents(np.asarray(dataset.document_indices[start : start + _BLOCK]) + first)
 
     def finalize(self, manifest: dict[str, Any] | None = None) -> None:
-        """Publish the dataset.
+        """Publish the dataset: `prepare`, then `publish`."""
+        self.prepare(manifest)
+        self.publish()
+
+    def prepare(self, manifest: dict[str, Any] | None = None) -> None:
+        """Write index and manifest under temporary names and wait until everything is on the disk.
 
         Args:
             manifest: Further entries for `<prefix>.json` (format, version and counts are added); None writes no file.
@@ -389,10 +396,14 @@ class IndexedDatasetWriter:
         if manifest is not None:
             content = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **counts, **manifest}
             write_durably(self._partial_manifest, (json.dumps(content, indent=2) + "\n").encode())
+        self._has_manifest = manifest is not None
+
+    def publish(self) -> None:
+        """Put what `prepare` wrote in the place of an older dataset of this prefix."""
         remove_dataset(self.prefix)
         fsync_directory(self.prefix.parent)
         self._partial_bin.replace(bin_path(self.prefix))
-        if manifest is not None:
+        if self._has_manifest:
             self._partial_manifest.replace(manifest_path(self.prefix))
         self._partial_idx.replace(idx_path(self.prefix))
         fsync_directory(self.prefix.parent)

@@ -39,9 +39,17 @@ from megatron.core.datasets.corpus_reader import (
     parse_records,
     read_chunks,
 )
-from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter, optimal_dtype, remove_dataset
+from megatron.core.datasets.indexed_dataset import (
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+    manifest_path,
+    optimal_dtype,
+    remove_dataset,
+)
 from megatron.core.errors import UserError
-from megatron.core.tokenizers import Tokenizer, build_tokenizer
+from megatron.core.file_utils import partial_path, replace_directory
+from megatron.core.tokenizers import Tokenizer, build_tokenizer, require_replaceable
 
 _CHUNKS_PER_WORKER = 3  # under way at a time: one in work, one waiting, one whose result waits for its turn
 _MESSAGES_PER_REASON = 3  # of skipped records; the rest is only counted
@@ -168,6 +176,7 @@ def preprocess(config: PreprocessConfig, log: TextIO | None = None) -> Preproces
     """
     log = log or sys.stderr
     sources = find_sources(config.input, config.input_format, config.text_sample_by)
+    _check_files(config, sources)
     tokenizer = build_tokenizer(config.tokenizer)
     prefixes = [config.prefix_of(key) for key in config.json_keys]
     stats = PreprocessStats(prefixes=prefixes)
@@ -188,28 +197,62 @@ def preprocess(config: PreprocessConfig, log: TextIO | None = None) -> Preproces
         for key, writer in zip(config.json_keys, writers, strict=True):
             if writer.num_documents == 0 or writer.num_tokens == 0:
                 raise UserError(_nothing_found(config, key, stats))
+        # All that takes disk space comes before the first old dataset goes.
         for key, writer in zip(config.json_keys, writers, strict=True):
-            _publish(config, key, writer, tokenizer, sources)
+            directory = partial_path(_tokenizer_directory(writer.prefix))
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            tokenizer.save(directory)
+            writer.prepare(_manifest(config, key, writer.prefix, tokenizer, sources))
+        for writer in writers:
+            _publish(writer)
     progress.finish()
     return stats
 
 
-def _publish(
-    config: PreprocessConfig, key: str, writer: IndexedDatasetWriter, tokenizer: Tokenizer, sources: list[Source]
-) -> None:
-    directory = writer.prefix.with_name(writer.prefix.name + "_tokenizer")
-    manifest = {
+def _check_files(config: PreprocessConfig, sources: list[Source]) -> None:
+    """Refuse files that are read twice, and output that would replace what is none of ours.
+
+    Raises:
+        UserError: one of these.
+    """
+    inputs: set[Path] = set()
+    for source in sources:
+        path = source.path.resolve()
+        if path in inputs:
+            raise UserError(f"--input names {source.path} twice; its documents would be in the dataset twice")
+        inputs.add(path)
+    for key in config.json_keys:
+        prefix = config.prefix_of(key)
+        for output in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
+            if output.resolve() in inputs:
+                raise UserError(f"--input {output} would be replaced by the output; give another --output-prefix")
+        require_replaceable(_tokenizer_directory(prefix))
+
+
+def _tokenizer_directory(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + "_tokenizer")
+
+
+def _manifest(
+    config: PreprocessConfig, key: str, prefix: Path, tokenizer: Tokenizer, sources: list[Source]
+) -> dict[str, Any]:
+    return {
         "json_key": key,
         "append_eod": config.append_eod,
         "inputs": [{"name": source.path.name, "bytes": source.size} for source in sources],
         "tokenizer": tokenizer.describe(),
-        "tokenizer_directory": directory.name,
+        "tokenizer_directory": _tokenizer_directory(prefix).name,
     }
+
+
+def _publish(writer: IndexedDatasetWriter) -> None:
+    """Put the dataset and its tokenizer, both complete under temporary names, in their places."""
+    directory = _tokenizer_directory(writer.prefix)
     # The old dataset goes before its tokenizer does: data must never be found beside a tokenizer that is not its own.
     remove_dataset(writer.prefix)
-    tokenizer.save(directory)
+    replace_directory(partial_path(directory), directory)
     try:
-        writer.finalize(manifest)
+        writer.publish()
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
