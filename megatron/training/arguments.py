@@ -14,6 +14,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 import sys
 import textwrap
 import types
@@ -168,6 +169,8 @@ def _add_option(group: Any, option: Option) -> None:
 def _convert(option: Option, value: Any, origin: str) -> Any:
     """Check and convert one value from a flag (text) or a config file (YAML scalar)."""
     if value is None:
+        if option.default is not None:
+            raise UserError(f"{origin} has no value; give one, or remove it for the default {option.default}")
         return None
     if option.type is list:
         return [str(item) for item in (value if isinstance(value, list) else [value])]
@@ -186,12 +189,12 @@ def _convert(option: Option, value: Any, origin: str) -> Any:
         raise UserError(f"{origin} is {value!r}; it must be {_KIND[option.type]}")
     try:
         number = option.type(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{origin} is {value!r}; it must be {_KIND[option.type]}") from None
     if option.type is int and isinstance(value, float) and value != number:
         raise UserError(f"{origin} is {value!r}; it must be {_KIND[int]}")
-    if option.type is float and number != number:
-        raise UserError(f"{origin} is {value!r}; it must be a number")
+    if option.type is float and not math.isfinite(number):
+        raise UserError(f"{origin} is {value!r}; it must be a finite number")
     return number
 
 

@@ -125,6 +125,7 @@ def test_flag_syntax_exits_with_2(arguments: list[str], message: str, capsys: py
         (["--hidden-size", "65", "--encoder-num-layers", "1", "--num-attention-heads", "4"], "--kv-channels"),
         ([*SMALL, "--min-lr", "3"], "--min-lr 3.0 is above --lr"),
         ([*SMALL, "--hidden-dropout", "nan"], "--hidden-dropout is"),
+        ([*SMALL, "--lr", "inf"], "--lr is 'inf'; it must be a finite number"),
         (["--config", "/nonexistent.yaml"], "No such file"),
     ],
 )
@@ -145,6 +146,8 @@ def test_values_that_cannot_work_are_one_line(arguments: list[str], message: str
         (b"hidden_size: true", "must be a whole number"),
         (b"hidden_size: [3]", "must be a whole number"),
         (b"preset: t6", "choose from"),
+        (b"micro_batch_size:", "micro_batch_size has no value"),
+        (b"train_iters: .inf", "must be a whole number"),
     ],
 )
 def test_unreadable_config_files_are_one_line(tmp_path: Path, content: bytes, message: str) -> None:
