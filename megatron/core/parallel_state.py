@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron.core.config import ParallelConfig
 from megatron.core.errors import UserError
+
+T = TypeVar("T")
 
 MESH_AXES = ("pp", "dp", "tp")  # outermost first: tensor-parallel neighbours are adjacent ranks, inside one node
 
@@ -65,3 +69,22 @@ class ParallelContext:
     def is_main(self) -> bool:
         """Whether this process prints and writes."""
         return self.rank == 0
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns on the main process (picklable), on every process; all call it together.
+
+        Raises:
+            UserError: `function` raised it; on every process, so that none waits for another.
+        """
+        outcome: list[Any] = [None, None]  # result, error
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except UserError as error:
+                outcome[1] = error
+        if self.mesh is not None:
+            torch.distributed.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result

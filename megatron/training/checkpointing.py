@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 import megatron
-from megatron.core.dist_checkpointing import latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
+from megatron.core.dist_checkpointing import (
+    latest_checkpoint,
+    load_checkpoint,
+    published_checkpoints,
+    read_manifest,
+    save_checkpoint,
+)
 from megatron.core.errors import UserError
 from megatron.core.file_utils import publish_bytes
 from megatron.core.optimizer import Optimizer
@@ -18,6 +24,7 @@ from megatron.core.parallel_state import ParallelContext
 from megatron.training.config import CheckpointConfig, RunConfig
 
 FINISHED_MARKER = "finished"
+CHANGEABLE_MODEL_FIELDS = ("hidden_dropout", "attention_dropout", "init_method_std")
 
 
 @dataclass
@@ -67,40 +74,74 @@ def save_training_checkpoint(
 
 
 def checkpoint_to_resume(config: CheckpointConfig) -> Path | None:
-    """The newest checkpoint of `--load` (or `--save`), or None when the run starts from scratch.
+    """The newest sound checkpoint of `--save`, else of `--load`, or None when the run starts from scratch.
+
+    `--save` first: the same command again continues where it stopped, whatever it was started from.
 
     Raises:
-        UserError: `--load` names a directory other than `--save` that holds no checkpoint.
+        UserError: `--load` names a directory other than `--save` that holds no checkpoint, or all checkpoints of a
+            directory are damaged, and starting from scratch would overwrite them.
     """
-    directory = config.load or config.save
-    if directory is None:
-        return None
-    found = latest_checkpoint(Path(directory))
-    if found is None and config.load is not None and config.load != config.save:
+    for directory in filter(None, dict.fromkeys((config.save, config.load))):
+        found = latest_checkpoint(Path(directory))
+        if found is not None:
+            return found
+        damaged = published_checkpoints(Path(directory))
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {directory} is sound ({len(damaged)} found); restore one, or use another --save"
+            )
+    if config.load not in (None, config.save):
         raise UserError(f"--load {config.load} holds no checkpoint; correct it, or leave it out to start from scratch")
-    return found
+    return None
 
 
-def resume(path: Path, tensors: dict[str, torch.Tensor], config: RunConfig) -> Progress:
-    """Load `path` into `tensors` in place and return its progress.
+def resume(
+    path: Path, tensors: dict[str, torch.Tensor], config: RunConfig, description: dict[str, Any]
+) -> tuple[Progress, list[str]]:
+    """Load `path` into `tensors` in place.
+
+    Returns:
+        Its progress, and the values of the configuration that are not those of the run that saved it.
 
     Raises:
-        UserError: The checkpoint is of another architecture or another optimizer.
+        UserError: The checkpoint is of another architecture, optimizer, tokenizer or dataset.
     """
     manifest = read_manifest(path)
-    saved, current = manifest["config"]["model"], asdict(config.model)
-    differing = [f"{name} {saved.get(name)} -> {value}" for name, value in current.items() if saved.get(name) != value]
-    dropouts = ("hidden_dropout", "attention_dropout", "init_method_std")  # may change from run to run
-    differing = [text for text in differing if not text.startswith(dropouts)]
+    saved, current = manifest["config"], config.to_dict()
+    fixed = {k: v for k, v in current["model"].items() if k not in CHANGEABLE_MODEL_FIELDS}
+    differing = _differences(saved["model"], fixed)
     if differing:
         raise UserError(f"{path} is of another architecture ({', '.join(differing)}); use its flags or another --save")
-    saved_optimizer = manifest["config"]["optimizer"]["optimizer"]
-    if saved_optimizer != config.optimizer.optimizer:
+    optimizer = saved["optimizer"]["optimizer"]
+    if optimizer != config.optimizer.optimizer:
         raise UserError(
-            f"{path} was trained with --optimizer {saved_optimizer}, not {config.optimizer.optimizer}; use the same"
+            f"{path} was trained with --optimizer {optimizer}, not {config.optimizer.optimizer}; use the same"
         )
+    for name in ("tokenizer", "dataset"):
+        differing = _differences(manifest[name], description[name])
+        if differing:
+            raise UserError(
+                f"{path} was trained with another {name} ({', '.join(differing)}); use the same, or another --save"
+            )
     load_checkpoint(path, tensors)
-    return Progress(**manifest["progress"])
+    current["data"].pop("data_path")  # the dataset has been compared; it may have moved
+    changed = [
+        text
+        for group in ("model", "optimizer", "data", "training")
+        for text in _differences(saved[group], current[group])
+    ]
+    return Progress(**manifest["progress"]), changed
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """`name saved -> current` for each value of `current` that `saved` has otherwise."""
+    return [f"{name} {saved.get(name)} -> {value}" for name, value in current.items() if saved.get(name) != value]
+
+
+def unmark_finished(save: str) -> None:
+    """Remove the marker of a finished run that is about to be extended."""
+    Path(save, FINISHED_MARKER).unlink(missing_ok=True)
 
 
 def mark_finished(save: str, progress: Progress) -> None:

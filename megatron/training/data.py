@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from megatron.core.config import DataConfig, TokenizerConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, resolve_prefix
@@ -10,6 +14,10 @@ from megatron.core.datasets.t5_dataset import SpanCorruptionDataset, SpecialToke
 from megatron.core.errors import UserError
 from megatron.core.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from megatron.training.config import RunConfig
+
+# The fingerprint of a dataset is that of so many tokens at so many places, evenly spread.
+FINGERPRINT_TOKENS = 64
+FINGERPRINT_PLACES = 256
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,24 @@ class TrainingData:
     valid: SpanCorruptionDataset | None
     test: SpanCorruptionDataset | None
     warnings: list[str]
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint records of the tokenizer and of the dataset, to recognise both."""
+        return {"tokenizer": self.tokenizer.describe(), "dataset": describe_dataset(self.indexed)}
+
+
+def describe_dataset(indexed: IndexedDataset) -> dict[str, Any]:
+    """Size and fingerprint of a dataset; the fingerprint reads a few hundred places, however large the dataset is."""
+    tokens = indexed.tokens
+    starts = np.linspace(0, max(0, tokens.size - FINGERPRINT_TOKENS), FINGERPRINT_PLACES, dtype=np.int64)
+    digest = hashlib.sha256()
+    for start in starts:
+        digest.update(np.ascontiguousarray(tokens[start : start + FINGERPRINT_TOKENS], dtype="<i8").tobytes())
+    return {
+        "num_documents": indexed.num_documents,
+        "num_tokens": int(tokens.size),
+        "fingerprint": digest.hexdigest()[:16],
+    }
 
 
 def _single_prefix(config: DataConfig) -> str:

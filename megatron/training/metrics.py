@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,29 +50,34 @@ class JsonlSink:
     """One JSON object a line.
 
     Rows beyond the iteration a run continues from are dropped first: the continued run writes them again.
+
+    Raises:
+        UserError: The file cannot be written, or holds something else than metrics.
     """
 
     def __init__(self, path: Path, iteration: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._drop_rows_after(path, iteration)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                publish_bytes(path, self._rows_up_to(path, iteration))
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"metrics file {path}: {error.strerror}; choose another with --metrics-file") from None
 
     @staticmethod
-    def _drop_rows_after(path: Path, iteration: int) -> None:
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                keep = json.loads(line)["iteration"] <= iteration
-            except (json.JSONDecodeError, KeyError, TypeError):
-                keep = False  # the last line of a run that was killed while writing it
-            if keep:
-                kept.append(line + "\n")
-        publish_bytes(path, "".join(kept).encode())
+    def _rows_up_to(path: Path, iteration: int) -> bytes:
+        lines = path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            del lines[-1]  # a run was killed while it wrote this line
+        try:
+            return b"".join(line for line in lines if json.loads(line)["iteration"] <= iteration)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a metrics file; choose another with --metrics-file") from None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append `row` and flush, so that a kill loses nothing that was reported."""
-        self._file.write(json.dumps(row) + "\n")
+        """Append `row` and flush, so that a kill loses nothing that was reported; JSON has no NaN, so that is null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -80,16 +86,25 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Scalars for TensorBoard."""
+    """Scalars for TensorBoard; what an interrupted run wrote beyond `iteration` is hidden.
 
-    def __init__(self, directory: str) -> None:
+    Raises:
+        UserError: The package is missing, or the directory cannot be written.
+    """
+
+    def __init__(self, directory: str, iteration: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
                 "--tensorboard-dir needs the package tensorboard; install it or leave the flag out"
             ) from None
-        self._writer = SummaryWriter(directory)
+        try:
+            self._writer = SummaryWriter(directory, purge_step=iteration + 1 if iteration else None)
+        except OSError as error:
+            raise UserError(
+                f"--tensorboard-dir {directory}: {error.strerror}; give a directory that can be written"
+            ) from None
 
     def write(self, row: dict[str, Any]) -> None:
         """Write every number of `row` at its iteration."""
@@ -125,7 +140,7 @@ def build_sinks(config: LoggingConfig, save: str | None, iteration: int, run_con
     """The sinks that the flags ask for."""
     sinks: list[Sink] = []
     if config.tensorboard_dir:
-        sinks.append(TensorBoardSink(config.tensorboard_dir))
+        sinks.append(TensorBoardSink(config.tensorboard_dir, iteration))
     if config.wandb_project:
         sinks.append(WandbSink(config.wandb_project, config.wandb_exp_name, run_config))
     if config.metrics_file or save:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from megatron.core.datasets.loader import T5Loader
 from megatron.core.distributed import DataParallel, clip_gradients_, global_grad_norm
+from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_flops import training_flops_per_sequence
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.optimizer import LearningRateSchedule, build_optimizer
@@ -25,6 +25,7 @@ from megatron.training.checkpointing import (
     resume,
     save_training_checkpoint,
     training_tensors,
+    unmark_finished,
 )
 from megatron.training.config import RunConfig
 from megatron.training.console import format_duration, progress_line, say, warn
@@ -46,13 +47,16 @@ def build_model(config: RunConfig, context: ParallelContext) -> tuple[T5Model, D
     return model, data_parallel
 
 
-def run_length(config: RunConfig, global_batch_size: int, windows_per_epoch: int) -> int:
-    """Steps of the run: as given, or one epoch of the data (at least one step)."""
+def run_length(config: RunConfig, progress: Progress, global_batch_size: int, windows_per_epoch: int) -> int:
+    """Steps of the whole run: as given, or as many as `--train-samples` or one epoch fill (at least one).
+
+    With samples, those that are left count in steps of the present batch size.
+    """
     if config.training.train_iters is not None:
         return config.training.train_iters
-    if config.training.train_samples is not None:
-        return math.ceil(config.training.train_samples / global_batch_size)
-    return max(1, windows_per_epoch // global_batch_size)
+    samples = config.training.train_samples or windows_per_epoch
+    left = max(0, samples - progress.consumed_samples)
+    return max(1, progress.iteration + left // global_batch_size)
 
 
 class Trainer:
@@ -63,25 +67,31 @@ class Trainer:
         training = config.training
         self.num_microbatches = training.num_microbatches(context.dp_size)
         self.global_batch_size = training.micro_batch_size * context.dp_size * self.num_microbatches
-        self.total_iterations = run_length(config, self.global_batch_size, data.train.windows_per_epoch)
-        # Progress of the schedule is counted in samples when the length of the run is.
-        self.lr_unit_samples = self.global_batch_size if training.train_samples is None else 1
-        self.schedule = LearningRateSchedule(
-            config.optimizer,
-            total=training.train_samples or self.total_iterations,
-            unit="iterations" if training.train_samples is None else "samples",
-        )
+        self.progress = Progress()
+        self._plan()  # mistakes in the schedule show before the model is made
         self.model, self.data_parallel = build_model(config, context)
         self.parameters = list(self.model.parameters())
         self.optimizer = build_optimizer(config.optimizer, self.model, context)
-        self.progress = Progress()
         self.train_loader = self._loader(data.train)
+        self.description = data.describe()
         self.flops_per_sample = training_flops_per_sequence(
             config.model, data.train.encoder_length, data.train.decoder_length
         )
         self.peak_tflops = device_peak_tflops(context.device, config.logging)
         self.sinks: list[Sink] = []
         self.window = _Window(context.device)
+
+    def _plan(self) -> None:
+        """Length of the run and its schedule, from the progress so far."""
+        train_samples = self.config.training.train_samples
+        windows = self.data.train.windows_per_epoch
+        self.total_iterations = run_length(self.config, self.progress, self.global_batch_size, windows)
+        # Progress of the schedule is counted in samples when the length of the run is.
+        self.schedule = LearningRateSchedule(
+            self.config.optimizer,
+            total=train_samples or self.total_iterations,
+            unit="iterations" if train_samples is None else "samples",
+        )
 
     def _loader(self, dataset: Any) -> T5Loader:
         return T5Loader(
@@ -115,7 +125,7 @@ class Trainer:
         """Clip, step and advance. A step whose gradient is not finite changes nothing but the counts."""
         norm = global_grad_norm(self.parameters, self.context)
         self.window.grad_norm = norm.item()
-        self.window.learning_rate = self.schedule(self._lr_position(self.progress.iteration + 1))
+        self.window.learning_rate = self.schedule(self._schedule_position())
         if math.isfinite(self.window.grad_norm):
             if self.config.optimizer.clip_grad > 0:
                 clip_gradients_(self.parameters, norm, self.config.optimizer.clip_grad)
@@ -131,9 +141,11 @@ class Trainer:
         self.progress.consumed_samples += self.global_batch_size
         self.progress.consumed_tokens += self.global_batch_size * self.data.train.tokens_per_sample
 
-    def _lr_position(self, iteration: int) -> int:
-        """The schedule's argument at the given step: the step, or the samples consumed by its end."""
-        return iteration * self.global_batch_size // self.lr_unit_samples
+    def _schedule_position(self) -> int:
+        """The schedule's argument for the step being made: its number, or the samples consumed by its end."""
+        if self.config.training.train_samples is None:
+            return self.progress.iteration + 1
+        return self.progress.consumed_samples + self.global_batch_size
 
     def _seed_dropout(self) -> None:
         """Dropout masks are a function of (seed, step, rank), so that resuming needs no generator state."""
@@ -144,6 +156,7 @@ class Trainer:
     def train(self) -> None:
         """Run to the end, reporting, evaluating and saving on the way."""
         training, checkpoint = self.config.training, self.config.checkpoint
+        self.window.restart()
         while self.progress.iteration < self.total_iterations:
             self.train_step()
             step, last = self.progress.iteration, self.progress.iteration == self.total_iterations
@@ -197,20 +210,17 @@ class Trainer:
             f"{result.noise_lm_loss:.4f} | {num_samples} samples in {took:.1f} s",
             self.context.is_main,
         )
-        self.window.restart_clock(took)
+        self.window.leave_out(took)
 
     def save(self) -> None:
         """Save a checkpoint."""
         start = time.perf_counter()
         tensors = training_tensors(self.optimizer)
-        path = save_training_checkpoint(self.config, self.progress, tensors, self._description(), self.context)
+        path = save_training_checkpoint(self.config, self.progress, tensors, self.description, self.context)
         took = time.perf_counter() - start
         self._write({"iteration": self.progress.iteration, "checkpoint_pause_ms": took * 1e3})
         say(f"saved {path} in {took:.1f} s", self.context.is_main)
-        self.window.restart_clock(took)
-
-    def _description(self) -> dict[str, Any]:
-        return {"tokenizer": self.data.tokenizer.describe(), "dataset": self.data.indexed.manifest}
+        self.window.leave_out(took)
 
     def _write(self, row: dict[str, Any]) -> None:
         for sink in self.sinks:
@@ -218,22 +228,35 @@ class Trainer:
 
     def start(self) -> None:
         """Continue from a checkpoint if there is one, and open the reports."""
-        path = checkpoint_to_resume(self.config.checkpoint)
+        path = self.context.on_main(lambda: checkpoint_to_resume(self.config.checkpoint))
         if path is not None:
-            self.progress = resume(path, training_tensors(self.optimizer), self.config)
-            say(f"continuing from {path}", self.context.is_main)
-        save = self.config.checkpoint.save
-        if self.context.is_main:
-            if save and not Path(save, "tokenizer").exists():
-                self._save_tokenizer(Path(save))
-            self.sinks = build_sinks(self.config.logging, save, self.progress.iteration, self.config.to_dict())
+            self._resume(path)
+        self.context.on_main(self._open_outputs)
 
-    def _save_tokenizer(self, save: Path) -> None:
-        temporary = save / "tokenizer.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        self.data.tokenizer.save(temporary)
-        temporary.rename(save / "tokenizer")
+    def _resume(self, path: Path) -> None:
+        say(f"continuing from {path}", self.context.is_main)
+        self.progress, changed = resume(path, training_tensors(self.optimizer), self.config, self.description)
+        if changed:
+            warn(f"not as in the run that saved it: {', '.join(changed)}", self.context.is_main)
+        if self.progress.consumed_samples != self.progress.iteration * self.global_batch_size:
+            warn(
+                f"the global batch size is {self.global_batch_size}, but {self.progress.iteration} steps took "
+                f"{self.progress.consumed_samples} samples so far",
+                self.context.is_main,
+            )
+        self._plan()
+
+    def _open_outputs(self) -> None:
+        """The save directory with its tokenizer, and the reports."""
+        save, iteration = self.config.checkpoint.save, self.progress.iteration
+        if save:
+            try:
+                self.data.tokenizer.save(Path(save, "tokenizer"))
+                if iteration < self.total_iterations:
+                    unmark_finished(save)
+            except OSError as error:
+                raise UserError(f"--save {save}: {error.strerror}; give a directory that can be written") from None
+        self.sinks = build_sinks(self.config.logging, save, iteration, self.config.to_dict())
 
     def describe(self) -> str:
         """One line about what is about to happen."""
@@ -260,15 +283,16 @@ class _Window:
         self.device = device
         self.grad_norm = 0.0
         self.learning_rate = 0.0
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begin a new window now."""
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # cross-entropy, z-loss, targets
         self.data_wait_s = 0.0
         self.steps = 0
         self.start = time.perf_counter()
 
-    def restart_clock(self, seconds: float) -> None:
+    def leave_out(self, seconds: float) -> None:
         """Leave `seconds` of evaluation or saving out of the step time."""
         self.start += seconds
 
@@ -277,7 +301,7 @@ class _Window:
         self.totals += torch.stack([cross_entropy.double(), z_loss.double(), (labels >= 0).sum().double()])
 
     def row(self, context: ParallelContext) -> dict[str, Any]:
-        """Means over the window and all ranks; starts the next window."""
+        """Means over the window (gradient norm and rate: of its last step) and all ranks; begins the next window."""
         if context.dp_group is not None:
             torch.distributed.all_reduce(self.totals, group=context.dp_group)
         cross_entropy, z_loss, targets = self.totals.tolist()
@@ -290,7 +314,7 @@ class _Window:
             "step_time_ms": elapsed_ms / self.steps,
             "data_wait_ms": self.data_wait_s * 1e3 / self.steps,
         }
-        self._restart()
+        self.restart()
         return values
 
 

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.core.errors import UserError
 from megatron.core.parallel_state import ParallelContext
+from megatron.core.tokenizers import load_tokenizer
 from megatron.training.arguments import parse_args
-from megatron.training.training import pretrain_in
+from megatron.training.metrics import JsonlSink
+from megatron.training.training import Trainer, pretrain_in
 from tests.distributed import run_distributed
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +162,107 @@ def test_bf16_keeps_fp32_state_and_close_losses(byte_dataset: Path, tmp_path: Pa
     assert "bfloat16" not in json.dumps(manifest["tensors"])
 
 
+def test_samples_left_count_after_a_change_of_the_batch_size(byte_dataset: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--save", str(tmp_path), "--lr-decay-style", "linear"]
+    flags += ["--lr-warmup-fraction", "0", "--lr", "1e-2"]
+    _train_here(0, [[*flags, "--train-samples", "16", "--lr-decay-samples", "64"]])
+    _train_here(0, [[*flags, "--train-samples", "64", "--global-batch-size", "16"]])
+    consumed = rows(tmp_path / "metrics.jsonl", "consumed_samples")
+    assert consumed == {1: 8, 2: 16, 3: 32, 4: 48, 5: 64}
+    rates = rows(tmp_path / "metrics.jsonl", "learning_rate")
+    assert rates == pytest.approx({step: 1e-2 * (1 - samples / 64) for step, samples in consumed.items()})
+
+
+def test_extending_a_finished_run_takes_the_marker_away(
+    byte_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--save", str(tmp_path), "--train-iters"]
+    _train_here(0, [[*flags, "1"]])
+    assert (tmp_path / "finished").exists()
+    monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("killed"))
+    _train_here(0, [[*flags, "1"]])  # nothing left to do
+    assert (tmp_path / "finished").exists()
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        _train_here(0, [[*flags, "2"]])
+    assert not (tmp_path / "finished").exists()
+
+
+def _flip_last_bit(checkpoint: Path) -> None:
+    (shard,) = checkpoint.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_never_a_silent_start(
+    byte_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--save", str(tmp_path), "--save-interval", "2"]
+    flags += ["--lr-decay-iters", "6", "--train-iters"]
+    _train_here(0, [[*flags, "4"]])
+    losses = rows(tmp_path / "metrics.jsonl")
+    _flip_last_bit(tmp_path / "iter_0000004")
+    _train_here(0, [[*flags, "4"]])  # from step 2
+    assert "iter_0000004" in caplog.text and "is damaged" in caplog.text
+    assert rows(tmp_path / "metrics.jsonl") == losses
+    _flip_last_bit(tmp_path / "iter_0000004")
+    _flip_last_bit(tmp_path / "iter_0000002")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is sound \(2 found\)"):
+        _train_here(0, [[*flags, "4"]])
+    assert rows(tmp_path / "metrics.jsonl") == losses
+
+
+def test_the_same_command_with_load_continues_its_own_save(byte_dataset: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--lr-decay-iters", "6"]
+    _train_here(0, [[*flags, "--train-iters", "2", "--save", str(tmp_path / "first")]])
+    second = [*flags, "--load", str(tmp_path / "first"), "--save", str(tmp_path / "second"), "--train-iters"]
+    _train_here(0, [[*second, "4"], [*second, "6"]])
+    assert sorted(rows(tmp_path / "second/metrics.jsonl")) == [3, 4, 5, 6]
+
+
+def test_other_data_is_not_continued(byte_dataset: Path, wordpiece_dataset: Path, tmp_path: Path) -> None:
+    """Same number of tokens, other text; then another tokenizer."""
+    other = _copied(byte_dataset, tmp_path)
+    content = other.with_name(other.name + ".bin").read_bytes()
+    other.with_name(other.name + ".bin").write_bytes(content[2:] + content[:2])
+    flags = [*TINY, "--train-iters", "1", "--vocab-size", "1000", "--save", str(tmp_path / "run"), "--data-path"]
+    _run_with_vocabulary([*flags, str(byte_dataset)])
+    with pytest.raises(UserError, match=r"trained with another dataset .*fingerprint"):
+        _run_with_vocabulary([*flags, str(other)])
+    with pytest.raises(UserError, match=r"trained with another tokenizer .*type ByteTokenizer -> BertWordPieceCase"):
+        _run_with_vocabulary([*flags, str(wordpiece_dataset)])
+
+
+def _run_with_vocabulary(flags: list[str]) -> None:
+    pretrain_in(ParallelContext(torch.device("cpu")), parse_args(flags).config, vocab_size_given=True)
+
+
+def test_changed_values_are_told(byte_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--save", str(tmp_path)]
+    _train_here(0, [[*flags, "--train-iters", "1"], [*flags, "--train-iters", "2", "--micro-batch-size", "4"]])
+    error = capsys.readouterr().err
+    assert "not as in the run that saved it: micro_batch_size 8 -> 4, train_iters 1 -> 2" in error
+    assert "global batch size is 4, but 1 steps took 8 samples" in error
+
+
+def test_the_tokenizer_beside_the_checkpoints_is_that_of_the_run(
+    byte_dataset: Path, wordpiece_dataset: Path, tmp_path: Path
+) -> None:
+    """Also when an earlier run with another one left its own there and no checkpoint."""
+    flags = [*TINY, "--train-iters", "1", "--save", str(tmp_path), "--data-path"]
+    _train_here(0, [[*flags, str(wordpiece_dataset)]])
+    shutil.rmtree(tmp_path / "iter_0000001")
+    _train_here(0, [[*flags, str(byte_dataset)]])
+    assert load_tokenizer(tmp_path / "tokenizer").type == "ByteTokenizer"
+
+
+def test_rows_without_a_finite_value_are_json(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "m.jsonl", 0)
+    sink.write({"iteration": 1, "lm_loss": math.nan, "grad_norm": math.inf})
+    sink.close()
+    assert (tmp_path / "m.jsonl").read_text() == '{"iteration": 1, "lm_loss": null, "grad_norm": null}\n'
+
+
 def test_default_length_is_one_epoch(byte_dataset: Path, tmp_path: Path) -> None:
     flags = [*TINY, "--data-path", str(byte_dataset), "--global-batch-size", "512", "--micro-batch-size", "128"]
     result = launch([*flags, "--metrics-file", str(tmp_path / "m.jsonl"), "--eval-iters", "0"])
@@ -281,6 +385,10 @@ def test_damaged_datasets_are_refused(byte_dataset: Path, tmp_path: Path, damage
         (["--data-path", "DATA", "--vocab-size", "100"], "--vocab-size is 100"),
         (["--data-path", "DATA", "--load", "/nowhere/run"], "--load /nowhere/run holds no checkpoint"),
         (["--data-path", "DATA", "--distributed-backend", "nccl"], "nccl needs GPUs"),
+        (["--data-path", "DATA", "--save", "VOCAB"], "Not a directory; give a directory that can be written"),
+        (["--data-path", "DATA", "--metrics-file", "/proc/nowhere/m"], "metrics file /proc/nowhere/m: "),
+        (["--data-path", "DATA", "--metrics-file", "VOCAB"], "is not a metrics file"),
+        (["--data-path", "DATA", "--tensorboard-dir", "VOCAB"], "--tensorboard-dir"),
     ],
 )
 def test_mistakes_are_one_line(byte_dataset: Path, wordpiece_vocab: Path, arguments: list[str], message: str) -> None:

@@ -4,6 +4,7 @@ from megatron.core.dist_checkpointing.format import (
     CheckpointError,
     checkpoint_path,
     latest_checkpoint,
+    published_checkpoints,
     read_manifest,
     verify_checkpoint,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "checkpoint_path",
     "latest_checkpoint",
     "load_checkpoint",
+    "published_checkpoints",
     "read_manifest",
     "save_checkpoint",
     "verify_checkpoint",

@@ -165,24 +165,29 @@ def _published(root: Path) -> Iterator[tuple[int, bool, Path]]:
             yield int(match[1]), match[2] is None, path
 
 
-def latest_checkpoint(root: Path) -> Path | None:
-    """The complete checkpoint of the highest iteration under `root`, or None.
+def published_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint directories under `root`, sound or not, the newest first."""
+    return [path for _, _, path in sorted(_published(root), reverse=True)]
 
-    Complete means: a readable manifest of a known version, and all files there with the recorded sizes. Directories
-    that are not are passed over with a warning.
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The sound checkpoint of the highest iteration under `root`, or None.
+
+    Sound is what `verify_checkpoint` accepts: a manifest of a known version, and all files there with the recorded
+    sizes and checksums. Directories that are not are passed over with a warning.
     """
-    for _, _, path in sorted(_published(root), reverse=True):
-        problem = _incompleteness(path)
+    for path in published_checkpoints(root):
+        problem = _damage(path)
         if problem is None:
             return path
-        logger.warning("passing over a checkpoint: %s", problem)
+        logger.warning("warning: passing over a checkpoint: %s", problem)
     return None
 
 
-def _incompleteness(path: Path) -> CheckpointError | None:
-    """Why `path` is not a complete checkpoint, or None if it is."""
+def _damage(path: Path) -> CheckpointError | None:
+    """What is wrong with the checkpoint `path`, or None if it is sound."""
     try:
-        check_file_sizes(path, read_manifest(path))
+        verify_checkpoint(path)
     except CheckpointError as error:
         return error
     return None
