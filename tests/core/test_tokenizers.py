@@ -316,7 +316,7 @@ def test_type_is_told_by_the_name(folder: Path, tmp_path: Path) -> None:
         ({"vocab_file": "vocab.txt"}, "--tokenizer-type BertWordPieceCase"),
         ({"tokenizer_model": "t5.model", "vocab_file": "vocab.txt"}, "--vocab-file goes with"),
         ({"tokenizer_type": "ByteTokenizer", "vocab_file": "vocab.txt"}, "not ByteTokenizer; drop one"),
-        ({"tokenizer_type": "ByteTokenizer", "tokenizer_model": "t5.model"}, "--tokenizer-model t5.model has no effect"),
+        ({"tokenizer_type": "ByteTokenizer", "tokenizer_model": "x.model"}, "--tokenizer-model x.model has no effect"),
         (
             {"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt", "tokenizer_model": "empty"},
             "--tokenizer-model empty has no effect",

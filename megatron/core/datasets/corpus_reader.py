@@ -94,28 +94,28 @@ def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
     A file that ends early or is damaged yields its whole records as far as they can be read, then a chunk without
     data that carries the error.
     """
-    first_line, bytes_read, error = 1, 0, None
+    first_line, position, error = 1, 0, None
     rest = bytearray()  # which grows in place: a record of many blocks is not copied again for each of them
 
-    def take(end: int) -> Chunk:
+    def take(end: int, bytes_read: int, error: str | None = None) -> Chunk:
         data = bytes(rest[:end])
         del rest[:end]
         data = data if first_line > 1 else data.removeprefix(_BOM)
         return Chunk(str(source.path), source.records, first_line, data, bytes_read, error)
 
     try:
-        for block, bytes_read in _blocks(source, chunk_bytes):
+        for block, position in _blocks(source, chunk_bytes):
             searched = len(rest)
             rest += block
             if end := _end_of_records(rest, searched, source.records):
-                chunk = take(end)
+                chunk = take(end, position)
                 yield chunk
                 first_line += chunk.data.count(b"\n")
     except _UnreadableError as reason:
         error = str(reason)
         rest.clear()  # A record cut in two is worse than none.
     if rest or error:
-        yield take(len(rest))
+        yield take(len(rest), position, error)
 
 
 class _UnreadableError(Exception):
