@@ -17,6 +17,7 @@ import itertools
 import math
 import sys
 import textwrap
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from megatron.training.megatron_flags import MEGATRON_FLAGS, MEGATRON_VALUES, No
 
 EXIT_USER_ERROR = 1
 EXIT_FLAG_SYNTAX = 2
+OTHER_PROCESS_PRINTS_WITHIN_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,21 @@ def _options() -> Iterator[Option]:
             yield Option(field.name, group, kind, choices, aliases, negative, default, docs[field.name])
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, the nearest flag for a misspelt one, and no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line; exits with 2 when it has a flag that does not exist."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        known_flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for word in unknown:
+            flag = word.split("=")[0]
+            hint = _nearest(flag, known_flags) if flag.startswith("-") else "; values follow a flag"
+            self.error(f"unknown argument {flag}{hint} (--help lists all)")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_FLAG_SYNTAX, f"{self.prog}: {message}\n")
@@ -123,9 +138,8 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Parser whose namespace holds only the flags that were given."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         usage="%(prog)s [flags]",
         description="Pretrain a T5 model.",
@@ -137,18 +151,34 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="YAML file of flag names and values; flags on the command line win"
     )
     parser.add_argument("--print-config", action="store_true", help="print every value, where it came from, and exit")
-    groups: dict[str, Any] = {}
-    for option in options():
-        if option.group not in groups:
-            doc = (GROUPS[option.group].__doc__ or "").strip().split("\n")[0]
-            groups[option.group] = parser.add_argument_group(option.group, doc)
-        _add_option(groups[option.group], option)
+    for group in GROUPS:
+        add_group_flags(parser, group)
     for flag, meaning in MEGATRON_FLAGS.items():
         values: dict[str, Any] = {"nargs": "*"} if isinstance(meaning, Refused) else {"action": "store_true"}
         if isinstance(meaning, NoEffect) and meaning.values:
             values = {"nargs": meaning.values}
         parser.add_argument(flag, help=argparse.SUPPRESS, **values)
     return parser
+
+
+def add_group_flags(parser: argparse.ArgumentParser, group: str) -> None:
+    """Add the flags of one configuration dataclass, by its key in `GROUPS`; `group_config` reads them."""
+    doc = (GROUPS[group].__doc__ or "").strip().split("\n")[0]
+    argument_group = parser.add_argument_group(group, doc)
+    for option in options():
+        if option.group == group:
+            _add_option(argument_group, option)
+
+
+def group_config(flags: dict[str, Any], group: str) -> Any:
+    """Take the flags of one configuration dataclass out of `flags` (a parsed namespace) and build it.
+
+    Raises:
+        UserError: A value cannot work.
+    """
+    names = {option.name: option for option in options() if option.group == group}
+    given = {name: value for name in names if (value := flags.pop(name, None)) is not None}
+    return GROUPS[group](**{name: _convert(names[name], value, flag_name(name)) for name, value in given.items()})
 
 
 def _add_option(group: Any, option: Option) -> None:
@@ -279,13 +309,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> Parsed
     """
     parser = build_parser(prog)
     argv = sys.argv[1:] if argv is None else argv
-    namespace, unknown = parser.parse_known_args(argv)
-    known_flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-    for word in unknown:
-        flag = word.split("=")[0]
-        hint = _nearest(flag, known_flags) if flag.startswith("-") else "; values follow a flag"
-        parser.error(f"unknown argument {flag}{hint} (--help lists all)")
-    given = vars(namespace)
+    given = vars(parser.parse_args(argv))
     print_only, config_file = given.pop("print_config", False), given.pop("config", None)
     by_name = {option.name: option for option in options()}
     warnings: list[str] = []
@@ -333,10 +357,15 @@ def format_config(config: RunConfig, sources: dict[str, str]) -> str:
 
 
 def run_command_line(main: Callable[[], int | None], is_printing_process: bool = True) -> NoReturn:
-    """Run `main` as a program: a `UserError` becomes one line on stderr and exit status 1."""
+    """Run `main` as a program: a `UserError` becomes one line on stderr and exit status 1.
+
+    A mistake mostly shows on every process of a node. One of them prints it; torchrun ends the others when that one
+    has failed, and whoever is still there after a while has a mistake of its own to report.
+    """
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        if is_printing_process:
-            print(f"error: {error}", file=sys.stderr)
+        if not is_printing_process:
+            time.sleep(OTHER_PROCESS_PRINTS_WITHIN_S)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megatron.core.errors import UserError
-from megatron.training.arguments import build_parser, format_config, options, parse_args
+from megatron.training.arguments import build_parser, format_config, options, parse_args, run_command_line
 from megatron.training.config import GROUPS, RunConfig
 from megatron.training.megatron_flags import MEGATRON_FLAGS, Refused
 
@@ -162,6 +162,23 @@ def test_sources_cover_every_field() -> None:
     parsed = parse_args(SMALL)
     assert set(parsed.sources) == {option.name for option in options()}
     assert format_config(parsed.config, parsed.sources).count("#") == len(parsed.sources)
+
+
+@pytest.mark.parametrize("prints", [True, False])
+def test_a_mistake_of_one_process_alone_is_told_too(
+    prints: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+
+    def main() -> None:
+        raise UserError("file is missing")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command_line(main, is_printing_process=prints)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "error: file is missing\n"
+    assert len(waits) == (0 if prints else 1)
 
 
 def test_help_imports_no_torch() -> None:
