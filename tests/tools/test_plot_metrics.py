@@ -8,7 +8,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 TOOL = Path(__file__).parents[2] / "tools/plot_metrics.py"
-ROWS = b'{"iteration": 1, "lm_loss": 6.0}\n{"iteration": 2, "lm_loss": null}\n{"iteration": 2, "validation_lm_loss": 5.0}\n'
+ROWS = b"""{"iteration": 1, "lm_loss": 6.0}
+{"iteration": 2, "lm_loss": null}
+{"iteration": 2, "validation_lm_loss": 5.0}
+"""
 
 
 def plot(metrics: Path, output: Path) -> subprocess.CompletedProcess[str]:
