@@ -260,7 +260,7 @@ class OptimizerConfig:
     """WSD: iterations of the final decay. Default: a tenth of the decay length."""
     lr_wsd_decay_samples: int | None = None
     """WSD: samples of the final decay (with --train-samples)."""
-    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "minus_sqrt"
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """WSD: shape of the final decay."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices (adamw, adamw-scale); norms, biases and position tables have none."""

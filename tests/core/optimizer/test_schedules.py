@@ -109,3 +109,9 @@ def test_samples():
 def test_refusals_name_the_flag(unit, flags, named):
     with pytest.raises(UserError, match=named):
         schedule(1000, unit, **flags)
+
+
+def test_wsd_decays_as_megatron_does_without_further_flags():
+    """Its default shape is exponential: 2 * 0.5**progress - 1."""
+    rate = schedule(lr_decay_style="WSD", lr_wsd_decay_iters=200)
+    assert rate(900) == pytest.approx(2 * 0.5**0.5 - 1)
