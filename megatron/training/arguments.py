@@ -133,6 +133,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        """Print one line and exit with 2."""
         self.exit(EXIT_FLAG_SYNTAX, f"{self.prog}: {message}\n")
 
 
@@ -308,7 +309,6 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> Parsed
         UserError: A value cannot work.
     """
     parser = build_parser(prog)
-    argv = sys.argv[1:] if argv is None else argv
     given = vars(parser.parse_args(argv))
     print_only, config_file = given.pop("print_config", False), given.pop("config", None)
     by_name = {option.name: option for option in options()}

@@ -20,9 +20,16 @@ def launched_by_torchrun() -> bool:
 
 
 def choose_device() -> torch.device:
-    """The GPU of this local rank, or the CPU where there is none."""
+    """The GPU of this local rank, or the CPU where there is none.
+
+    Raises:
+        UserError: There are more processes than GPUs on this node.
+    """
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise UserError(f"--nproc-per-node starts more than {num_gpus} processes, the GPUs of this node; lower it")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")

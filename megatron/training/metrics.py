@@ -125,7 +125,11 @@ class WandbSink:
             import wandb
         except ImportError:
             raise UserError("--wandb-project needs the package wandb; install it or leave the flag out") from None
-        self._run = wandb.init(project=project, name=name, config=config)
+        try:
+            self._run = wandb.init(project=project, name=name, config=config)
+        except wandb.Error as error:  # not logged in, no connection
+            reason = " ".join(str(error).split())
+            raise UserError(f"--wandb-project {project}: {reason}; mend it, or set WANDB_MODE=offline") from None
 
     def write(self, row: dict[str, Any]) -> None:
         """Log `row` at its iteration."""

@@ -234,7 +234,9 @@ class Trainer:
         self.context.on_main(self._open_outputs)
 
     def _resume(self, path: Path) -> None:
-        say(f"continuing from {path}", self.context.is_main)
+        load = self.config.checkpoint.load
+        beside = f" (--save holds it; --load {load} was not read)" if load and path.parent != Path(load) else ""
+        say(f"continuing from {path}{beside}", self.context.is_main)
         self.progress, changed = resume(path, training_tensors(self.optimizer), self.config, self.description)
         if changed:
             warn(f"not as in the run that saved it: {', '.join(changed)}", self.context.is_main)

@@ -16,7 +16,7 @@ from megatron.core.errors import UserError
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.tokenizers import load_tokenizer
 from megatron.training.arguments import parse_args
-from megatron.training.metrics import JsonlSink
+from megatron.training.initialize import choose_device
 from megatron.training.training import Trainer, pretrain_in
 from tests.distributed import run_distributed
 
@@ -256,11 +256,12 @@ def test_the_tokenizer_beside_the_checkpoints_is_that_of_the_run(
     assert load_tokenizer(tmp_path / "tokenizer").type == "ByteTokenizer"
 
 
-def test_rows_without_a_finite_value_are_json(tmp_path: Path) -> None:
-    sink = JsonlSink(tmp_path / "m.jsonl", 0)
-    sink.write({"iteration": 1, "lm_loss": math.nan, "grad_norm": math.inf})
-    sink.close()
-    assert (tmp_path / "m.jsonl").read_text() == '{"iteration": 1, "lm_loss": null, "grad_norm": null}\n'
+def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="more than 2 processes"):
+        choose_device()
 
 
 def test_default_length_is_one_epoch(byte_dataset: Path, tmp_path: Path) -> None:
