@@ -352,6 +352,8 @@ def format_config(config: RunConfig, sources: dict[str, str]) -> str:
         lines.append(f"{group}:")
         for name, value in values.items():
             text = yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip()[1:-1]
+            if name == "vocab_size" and sources[name] == "preset":
+                text = f"# {text}"  # training takes the tokenizer's unless told otherwise; so must the printed file
             lines.append(f"  {text:<48} # {sources[name]}")
     return "\n".join(lines)
 
