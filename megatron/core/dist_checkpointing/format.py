@@ -146,15 +146,23 @@ def verify_checkpoint(path: Path) -> None:
     manifest = read_manifest(path)
     check_file_sizes(path, manifest)
     for name, entry in manifest["files"].items():
-        checksum = 0
-        with (path / name).open("rb") as file:
-            while block := file.read(READ_BYTES):
-                checksum = zlib.crc32(block, checksum)
+        try:
+            checksum = _checksum(path / name)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path / name}: {error.strerror}; use another checkpoint") from None
         if checksum != entry[CHECKSUM_ALGORITHM]:
             raise CheckpointError(
                 f"{path / name} is damaged: checksum {checksum}, recorded {entry[CHECKSUM_ALGORITHM]}; "
                 "use another checkpoint"
             )
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as content:
+        while block := content.read(READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _published(root: Path) -> Iterator[tuple[int, bool, Path]]:

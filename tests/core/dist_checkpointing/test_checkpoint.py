@@ -288,6 +288,21 @@ def _same_json(content, original):
         return False
 
 
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch, caplog):
+    older = save_checkpoint(tmp_path, 1, example(), {}, CPU)
+    newer = save_checkpoint(tmp_path, 2, example(), {}, CPU)
+    opened = Path.open
+
+    def open_or_fail(path, mode="r", **options):
+        if path.parent == newer and path.suffix == ".safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    assert latest_checkpoint(tmp_path) == older
+    assert "Input/output error" in caplog.text
+
+
 def test_a_planted_pickle_never_runs(tmp_path):
     path, canary = save(tmp_path), tmp_path / "canary"
 
