@@ -9,7 +9,7 @@ prepare_environment() {
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
             echo "error: $("$python" --version) is too old; set PYTHON to Python 3.10 or newer" >&2; return 1; }
         echo "[setup] making .venv with $("$python" --version)"
-        "$python" -m venv "$root/.venv" || return 1
+        "$python" -m venv "$root/.venv" || { rm -rf "$root/.venv"; return 1; } # half a .venv would be taken for one
     fi
     # shellcheck disable=SC1091
     source "$root/.venv/bin/activate"
