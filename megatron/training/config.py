@@ -67,7 +67,7 @@ class CheckpointConfig:
     save: str | None = None
     """Directory for checkpoints, metrics and the tokenizer; a run whose directory holds a checkpoint continues it."""
     load: str | None = None
-    """Directory to continue from. Default: --save. Another directory than --save must hold a checkpoint."""
+    """Directory to start from while --save holds no checkpoint; it must hold one, unless it is --save itself."""
     save_interval: int = 1000
     """Save every so many steps, and at the end."""
 

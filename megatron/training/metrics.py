@@ -16,7 +16,11 @@ from megatron.training.config import LoggingConfig
 
 # Dense bf16 peaks in TFLOP/s from the vendors' data sheets, by a part of torch's device name. A device that is not
 # here has no utilisation reported rather than a wrong one.
-PEAK_TFLOPS = {"A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0}
+# The first that is part of the name counts.
+PEAK_TFLOPS = {
+    "A100": 312.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "GB200": 2500.0,
+    "B200": 2250.0, "L40S": 362.0,
+}  # fmt: skip
 
 
 def device_peak_tflops(device: torch.device, config: LoggingConfig) -> float | None:

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
+import torch
 
 from megatron.core.errors import UserError
-from megatron.training.metrics import JsonlSink, TensorBoardSink, WandbSink
+from megatron.training.config import LoggingConfig
+from megatron.training.metrics import JsonlSink, TensorBoardSink, WandbSink, device_peak_tflops
 
 
 def test_rows_without_a_finite_value_are_json(tmp_path: Path) -> None:
@@ -45,6 +47,15 @@ def test_tensorboard_hides_what_is_written_again(tmp_path: Path) -> None:
         sink.close()
     events = accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("lm_loss")
     assert [(event.step, event.value) for event in events] == [(1, 0.0), (2, 0.0), (3, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 NVL", 835.0), ("NVIDIA GB200", 2500.0), ("NVIDIA H20", None)],
+)
+def test_peak_of_the_device_by_its_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert device_peak_tflops(torch.device("cuda"), LoggingConfig()) == peak
 
 
 def test_wandb_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
