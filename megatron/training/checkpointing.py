@@ -128,7 +128,7 @@ def resume(
     current["data"].pop("data_path")  # the dataset has been compared; it may have moved
     changed = [
         text
-        for group in ("model", "optimizer", "data", "training")
+        for group in ("model", "compute", "optimizer", "data", "training")
         for text in _differences(saved[group], current[group])
     ]
     return Progress(**manifest["progress"]), changed

@@ -1,8 +1,11 @@
 """`pretrain_t5.py` as a user runs it: one process, two processes, stopping and continuing, mistakes."""
 
+import contextlib
+import io
 import json
 import math
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -49,8 +52,22 @@ def rows(metrics: Path, key: str = "lm_loss") -> dict[int, float]:
     return dict(found)
 
 
+def run_here(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the program in this process, which spares the seconds of importing torch."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        patch.setattr(sys, "argv", ["pretrain_t5.py", *arguments])
+        runpy.run_path(str(ROOT / "pretrain_t5.py"), run_name="__main__")
+    return subprocess.CompletedProcess(arguments, int(stopped.value.code or 0), out.getvalue(), err.getvalue())
+
+
 def train(arguments: list[str], processes: int = 0) -> None:
-    result = launch(arguments, processes)
+    result = launch(arguments, processes) if processes else run_here(arguments)
     assert result.returncode == 0, result.stderr
 
 
@@ -266,7 +283,7 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 def test_default_length_is_one_epoch(byte_dataset: Path, tmp_path: Path) -> None:
     flags = [*TINY, "--data-path", str(byte_dataset), "--global-batch-size", "512", "--micro-batch-size", "128"]
-    result = launch([*flags, "--metrics-file", str(tmp_path / "m.jsonl"), "--eval-iters", "0"])
+    result = run_here([*flags, "--metrics-file", str(tmp_path / "m.jsonl"), "--eval-iters", "0"])
     assert result.returncode == 0, result.stderr
     last = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])
     windows = int(result.stdout.split("epochs of ")[1].split(" ")[0].replace(",", ""))
@@ -319,14 +336,14 @@ def test_megatron_t5_220m_arguments(wordpiece_dataset: Path, wordpiece_vocab: Pa
     rates = rows(tmp_path / "S/metrics.jsonl", "learning_rate")
     # The warmup of 0.01 x 10 steps is over before the first; then it is linear from 1e-4 to 1e-5 at step 10.
     assert rates == pytest.approx({i: 1e-5 + 9e-5 * (10 - i) / 9.9 for i in range(1, 5)})
-    refused = launch([*arguments, "--transformer-impl", "transformer_engine"])
+    refused = run_here([*arguments, "--transformer-impl", "transformer_engine"])
     assert refused.returncode == 1 and "transformer" in refused.stderr and refused.stderr.count("\n") == 1
 
 
-def _expect_one_line(arguments: list[str], message: str, status: int = 1) -> None:
-    result = launch(arguments)
+def _expect_one_line(arguments: list[str], message: str) -> None:
+    result = run_here(arguments)
     lines = [line for line in result.stderr.splitlines() if not line.startswith("warning:")]
-    assert result.returncode == status, result.stderr
+    assert result.returncode == 1, result.stderr
     assert len(lines) == 1 and message in lines[0], result.stderr
 
 
@@ -396,6 +413,12 @@ def test_mistakes_are_one_line(byte_dataset: Path, wordpiece_vocab: Path, argume
     names = {"DATA": str(byte_dataset), "VOCAB": str(wordpiece_vocab)}
     given = [names.get(word, word) for word in arguments]
     _expect_one_line([*TINY, "--train-iters", "2", *given], message)
+
+
+def test_a_mistake_ends_the_program_with_one_line() -> None:
+    result = launch([*TINY, "--data-path", "/nowhere/corpus"])
+    assert result.returncode == 1
+    assert "/nowhere/corpus" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_another_architecture_is_not_continued(byte_dataset: Path, tmp_path: Path) -> None:
