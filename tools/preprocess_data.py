@@ -9,51 +9,27 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import get_args, get_type_hints
 
-from megatron.core.config import TokenizerConfig
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
 from megatron.core.errors import UserError
+from megatron.training.arguments import Parser, add_group_flags, group_config
 
 
-def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which text to read."""
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of this program, in Megatron-LM's spelling."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [flags]")
     group = parser.add_argument_group("input")
     group.add_argument(
         "--input", nargs="+", required=True, metavar="FILE",
         help="files or quoted glob patterns: .jsonl/.json/.ndjson (one JSON object a line) or .txt, also .gz and .zst",
     )  # fmt: skip
     group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of the texts (text)")
-    group.add_argument(
-        "--input-format", choices=["auto", "jsonl", "text"], default="auto", help="auto goes by the file name"
-    )
+    group.add_argument("--input-format", choices=["auto", "jsonl", "text"], default="auto", help="auto: by file name")
     group.add_argument(
         "--text-sample-by", choices=["line", "paragraph", "document"], default="line",
         help="a document of a .txt file is a line (default), what blank lines separate, or the whole file",
     )  # fmt: skip
-
-
-def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `TokenizerConfig`."""
-    types = next(get_args(t) for t in get_args(get_type_hints(TokenizerConfig)["tokenizer_type"]) if get_args(t))
-    group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", choices=types, help="told by the file name of --tokenizer-model if left out")
-    group.add_argument(
-        "--tokenizer-model", metavar="FILE", help="SentencePiece .model, tokenizer.json, or a directory with either"
-    )
-    group.add_argument("--vocab-file", metavar="FILE", help="WordPiece vocabulary, one token a line")
-    group.add_argument(
-        "--vocab-extra-ids", type=int, metavar="N", help="sentinels for span corruption (the tokenizer's own, else 100)"
-    )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Flags of this program, in Megatron-LM's spelling."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_input_flags(parser)
-    add_tokenizer_flags(parser)
+    add_group_flags(parser, "tokenizer")
     group = parser.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, metavar="PREFIX", help="start of the names of all output")
     group.add_argument("--append-eod", action="store_true", help="end each document with the end-of-sequence id")
@@ -78,9 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     flags = vars(build_parser().parse_args(argv))
-    names = TokenizerConfig.__dataclass_fields__
     try:
-        tokenizer = TokenizerConfig(**{name: flags.pop(name) for name in names})
+        tokenizer = group_config(flags, "tokenizer")
         preprocess(PreprocessConfig(**flags, tokenizer=tokenizer))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -89,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.filename or flags['output_prefix']}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; nothing unfinished is left", file=sys.stderr)
         return 130
     return 0
 

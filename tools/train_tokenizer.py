@@ -11,6 +11,7 @@ import argparse
 import io
 import random
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron.core.datasets.corpus_reader import find_sources, parse_records, re
 from megatron.core.errors import UserError
 from megatron.core.file_utils import publish_bytes
 from megatron.core.tokenizers import DEFAULT_EXTRA_IDS, SentencePieceTokenizer
+from megatron.training.arguments import Parser
 
 # SentencePiece leaves out longer sentences without a word (its default limit, in bytes).
 MAX_SENTENCE_BYTES = 4192
@@ -26,9 +28,7 @@ MAX_SENTENCE_BYTES = 4192
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of this program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [flags]")
     group = parser.add_argument_group("input")
     group.add_argument(
         "--input", nargs="+", required=True, metavar="FILE",
@@ -159,10 +159,12 @@ def run(flags: argparse.Namespace) -> None:
     path = Path(flags.output or f"{flags.output_prefix}.model")
     if path.suffix != ".model":
         raise UserError(f"--output {path}: name it *.model, by which the other programs know a SentencePiece model")
+    if path.is_dir():
+        raise UserError(f"--output {path} is a directory; give the name of a file")
     if path.exists() and not flags.overwrite:
         raise UserError(f"{path} exists; give another name, or --overwrite to replace it")
-    if flags.vocab_size < 4:
-        raise UserError(f"--vocab-size is {flags.vocab_size}; it must be at least 4")
+    if not 4 <= flags.vocab_size < 2**31:
+        raise UserError(f"--vocab-size is {flags.vocab_size}; it must be at least 4 and less than 2**31")
     if not 0.98 <= flags.character_coverage <= 1.0:
         raise UserError(f"--character-coverage is {flags.character_coverage}; it must lie between 0.98 and 1")
     if flags.input_sentence_size < 0:
@@ -171,11 +173,9 @@ def run(flags: argparse.Namespace) -> None:
     publish_bytes(path, train(flags))
     tokenizer = SentencePieceTokenizer(path)
     print(f"wrote {path}: {flags.vocab_size} pieces + {DEFAULT_EXTRA_IDS} sentinels = {tokenizer.vocab_size} ids")
-    inputs = " ".join(flags.input)
-    print(
-        f"next: python tools/preprocess_data.py --input {inputs} --tokenizer-model {path} --append-eod "
-        "--output-prefix my_data"
-    )
+    command = ["python", "tools/preprocess_data.py", "--input", *flags.input, "--json-keys", *flags.json_keys]
+    command += ["--input-format", flags.input_format, "--tokenizer-model", str(path)]
+    print(f"next: {shlex.join(command)} --append-eod --output-prefix my_data")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,6 +188,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -298,7 +298,7 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """Which tokenizer made the data. All of it is optional when the data carries a manifest."""
+    """The tokenizer of the data; training takes the one of the data's manifest when none is named."""
 
     tokenizer_type: (
         Literal[

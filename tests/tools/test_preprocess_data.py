@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -442,15 +443,36 @@ def test_command_line(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "x") == ["one", "two"]
     again = command(*flags, "--workers", "1")
     assert again.returncode == 1 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
-    assert command(*flags, "--no-such-flag").returncode == 2
+    typo = command(*flags, "--worker", "2")
+    assert typo.returncode == 2 and "did you mean --workers?" in typo.stderr and typo.stderr.count("\n") == 1
+    refused = command(*flags, "--tokenizer-type", "GPT2BPETokenizer")  # Megatron-LM's name
+    assert refused.returncode == 1 and "HuggingFaceTokenizer" in refused.stderr and refused.stderr.count("\n") == 1
     help_text = command("--help").stdout
     assert all(flag in help_text for flag in ("--json-keys", "--on-error", "--vocab-extra-ids", "--text-sample-by"))
 
 
+def test_interrupted(tmp_path: Path) -> None:
+    """Ctrl-C, which reaches the workers too: the run says so, and nothing is left."""
+    pipe = tmp_path / "in.txt"
+    os.mkfifo(pipe)
+    flags = ["--input", pipe, "--output-prefix", tmp_path / "x", "--tokenizer-type", "ByteTokenizer", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, TOOL, *map(str, flags)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with pipe.open("wb") as writer:
+        writer.write((b"text " * 2000 + b"\n") * 750)  # 7 chunks: the first result was waited for, so a worker runs
+        time.sleep(0.5)  # until the program waits for more
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors.splitlines()[-1] == "interrupted; nothing unfinished is left"
+    assert names(tmp_path) == {"in.txt"}
+
+
 def test_workers_import_no_torch(tmp_path: Path) -> None:
     """Every worker process imports this module; torch would cost each of them seconds and 200 MB."""
-    script = "import sys, megatron.core.datasets.preprocessing; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "False"
+    script = "import sys, preprocess_data; print('torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", script], cwd=TOOL.parent, capture_output=True, text=True)
+    assert process.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(

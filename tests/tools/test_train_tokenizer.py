@@ -6,6 +6,9 @@ import gzip
 import importlib.util
 import json
 import pydoc_data.topics
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +17,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import SentencePieceTokenizer
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_tokenizer.py"
@@ -53,6 +57,32 @@ def test_model_is_t5s_kind(tool: ModuleType, corpus: Path, tmp_path: Path, capsy
     assert [p.name for p in path.parent.iterdir()] == ["t5.model"]
 
 
+def test_next_command_works_as_printed(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "words that are enough for a few pieces"
+    Path("my corpus.data").write_text(json.dumps({"body": text}) + "\n")
+    flags = ["--input", "my corpus.data", "--input-format", "jsonl", "--json-keys", "body", "--vocab-size", "22"]
+    assert tool.main([*flags, "--output", "a model.model"]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
+    assert command[:2] == ["python", "tools/preprocess_data.py"]
+    subprocess.run([sys.executable, TOOL.with_name("preprocess_data.py"), *command[2:], "--workers", "1"], check=True)
+    (ids,) = IndexedDataset("my_data_body_document")
+    assert SentencePieceTokenizer("a model.model").detokenize(ids) == text
+
+
+def test_interrupted(
+    tool: ModuleType, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "sample", interrupt)
+    assert tool.main(["--input", str(corpus), "--output", str(tmp_path / "x.model")]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n" and not list(tmp_path.iterdir())
+
+
 def test_training_is_reproducible(tool: ModuleType, corpus: Path, tmp_path: Path) -> None:
     """The same lines give the same model, from another file and compressed too; another sample gives another."""
     copy = tmp_path / "copy.jsonl.gz"
@@ -81,6 +111,8 @@ def test_bpe_with_byte_fallback(tool: ModuleType, corpus: Path, tmp_path: Path) 
         (["--vocab-size", "32000"], "enough for"),
         (["--vocab-size", "30"], "the characters of this text alone need"),
         (["--vocab-size", "2"], "--vocab-size is 2"),
+        (["--vocab-size", "1000000000000"], "--vocab-size is 1000000000000"),
+        (["--output", "folder.model", "--overwrite"], "folder.model is a directory"),
         (["--json-keys", "body"], "corpus.jsonl:1: no key 'body'"),
         (["--character-coverage", "0.5"], "--character-coverage is 0.5"),
         (["--input-sentence-size", "-1"], "--input-sentence-size is -1"),
@@ -97,10 +129,11 @@ def test_errors(
     monkeypatch.chdir(tmp_path)
     Path("exists.model").touch()
     Path("empty.txt").touch()
+    Path("folder.model").mkdir()
     assert tool.main(["--input", str(corpus), "--output", "new.model", *flags]) == 1
     printed = capsys.readouterr().err.splitlines()[-1]
     assert printed.startswith("error: ") and expected in printed
-    assert {path.name for path in tmp_path.iterdir()} == {"exists.model", "empty.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"exists.model", "empty.txt", "folder.model"}
 
 
 @settings(max_examples=60, deadline=None)
