@@ -10,10 +10,13 @@ import argparse
 import ast
 import hashlib
 import json
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
+
+from megatron.core.file_utils import publish_bytes
 
 MIN_CHARACTERS = 200  # shorter documents are mostly headings
 
@@ -50,11 +53,11 @@ def main() -> None:
     texts = {text for text in documents() if len(text) >= MIN_CHARACTERS}
     # Order by digest: a fixed shuffle, so that the held-out documents are like the others.
     ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-    temporary = output.with_name(output.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for text in ordered:
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    temporary.replace(output)
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in ordered]
+    try:
+        publish_bytes(output, "".join(lines).encode())
+    except OSError as error:
+        sys.exit(f"error: --output {output} cannot be written: {error.strerror}")
     print(f"wrote {len(ordered):,} documents, {output.stat().st_size / 1e6:.1f} MB, to {output}")
 
 

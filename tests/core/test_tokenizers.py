@@ -349,6 +349,12 @@ def test_bad_flags_and_files(
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("number", [-1, 10**12])
+def test_impossible_numbers_of_sentinels_are_refused(number: int) -> None:
+    with pytest.raises(UserError, match="--vocab-extra-ids"):
+        TokenizerConfig(vocab_extra_ids=number)
+
+
 def test_saved_directory_is_incomplete_or_missing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no tokenizer_config.json"):
         load_tokenizer(tmp_path / "none")

@@ -322,3 +322,9 @@ def test_token_beyond_the_vocabulary_names_file_and_offset(tmp_path: Path) -> No
     train = build_datasets(config(), indexed, SPECIAL, seed=0).train
     with pytest.raises(UserError, match=r"other_tokenizer: token id 20000 at token offset 4321 .* 10100 ids"):
         train.batch(np.arange(train.windows_per_epoch + 1))
+
+
+@pytest.mark.parametrize("split", ["inf,1,1", "nan,1,1", "1,nan", "1e308,1e308,1", "0,0,0", "1,-1", "a", "", "1,1,1,1"])
+def test_split_that_is_none_is_refused(split: str) -> None:
+    with pytest.raises(UserError, match="--split"):
+        DataConfig(split=split)
