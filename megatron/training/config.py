@@ -32,7 +32,7 @@ class TrainingConfig:
     train_samples: int | None = None
     """Samples to train on, instead of --train-iters; schedules are then counted in samples."""
     eval_interval: int = 1000
-    """Evaluate on the validation split every so many steps, and at the end."""
+    """Evaluate on the validation split every so many steps and at the end, where the test split is evaluated too."""
     eval_iters: int = 100
     """Global batches of an evaluation, always the same ones; 0 turns evaluation off."""
     seed: int = 1234

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron.core.datasets.loader import T5Loader
+from megatron.core.datasets.t5_dataset import SpanCorruptionDataset
 from megatron.core.distributed import DataParallel, clip_gradients_, global_grad_norm
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_flops import training_flops_per_sequence
@@ -93,7 +94,7 @@ class Trainer:
             unit="iterations" if train_samples is None else "samples",
         )
 
-    def _loader(self, dataset: Any) -> T5Loader:
+    def _loader(self, dataset: SpanCorruptionDataset) -> T5Loader:
         return T5Loader(
             dataset,
             micro_batch_size=self.config.training.micro_batch_size,
@@ -157,15 +158,21 @@ class Trainer:
         """Run to the end, reporting, evaluating and saving on the way."""
         training, checkpoint = self.config.training, self.config.checkpoint
         self.window.restart()
+        if self.progress.iteration >= self.total_iterations:
+            say(f"nothing left to do: {self.progress.iteration} steps are done", self.context.is_main)
+            return
         while self.progress.iteration < self.total_iterations:
             self.train_step()
             step, last = self.progress.iteration, self.progress.iteration == self.total_iterations
-            if step % self.config.logging.log_interval == 0 or last:
+            saving = checkpoint.save is not None and (step % checkpoint.save_interval == 0 or last)
+            # A report before each checkpoint, so that the means of a continued run cover the same steps.
+            if step % self.config.logging.log_interval == 0 or saving or last:
                 self.report()
             if step % training.eval_interval == 0 or last:
-                self.evaluate()
-            if checkpoint.save and (step % checkpoint.save_interval == 0 or last):
+                self.evaluate("validation", self.data.valid)
+            if saving:
                 self.save()
+        self.evaluate("test", self.data.test)
         if checkpoint.save and self.context.is_main:
             mark_finished(checkpoint.save, self.progress)
 
@@ -188,25 +195,24 @@ class Trainer:
         eta_s = (self.total_iterations - self.progress.iteration) / steps_per_s
         say(progress_line(row, self.total_iterations, eta_s), self.context.is_main)
 
-    def evaluate(self) -> None:
-        """Write one row with the losses on the validation split."""
-        data, training = self.data, self.config.training
-        if data.valid is None or training.eval_iters == 0:
+    def evaluate(self, name: str, dataset: SpanCorruptionDataset | None) -> None:
+        """Write one row with the losses on a held-out split, if it has any samples."""
+        if dataset is None or self.config.training.eval_iters == 0:
             return
         start = time.perf_counter()
-        num_samples = min(training.eval_iters * self.global_batch_size, data.valid.windows_per_epoch)
-        is_special = special_token_mask(data.special, self.config.model.padded_vocab_size, self.context.device)
-        result = evaluate(self.model, self._loader(data.valid), num_samples, is_special, self.context)
+        num_samples = min(self.config.training.eval_iters * self.global_batch_size, dataset.windows_per_epoch)
+        is_special = special_token_mask(self.data.special, self.config.model.padded_vocab_size, self.context.device)
+        result = evaluate(self.model, self._loader(dataset), num_samples, is_special, self.context)
         self._write(
             {
                 "iteration": self.progress.iteration,
-                "validation_lm_loss": result.lm_loss,
-                "validation_noise_lm_loss": result.noise_lm_loss,
+                f"{name}_lm_loss": result.lm_loss,
+                f"{name}_noise_lm_loss": result.noise_lm_loss,
             }
         )
         took = time.perf_counter() - start
         say(
-            f"validation at step {self.progress.iteration} | lm loss {result.lm_loss:.4f} | noise tokens alone "
+            f"{name} at step {self.progress.iteration} | lm loss {result.lm_loss:.4f} | noise tokens alone "
             f"{result.noise_lm_loss:.4f} | {num_samples} samples in {took:.1f} s",
             self.context.is_main,
         )
@@ -341,8 +347,6 @@ def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: b
     trainer = Trainer(config, data, context)
     trainer.start()
     say(trainer.describe(), context.is_main)
-    if trainer.progress.iteration >= trainer.total_iterations:
-        say(f"nothing left to do: {trainer.progress.iteration} steps are done", context.is_main)
     trainer.train()
     trainer.close()
     say(f"done in {format_duration(time.perf_counter() - start)}", context.is_main)

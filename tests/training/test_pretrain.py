@@ -281,6 +281,18 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         choose_device()
 
 
+def test_reports_align_with_checkpoints_and_the_test_split_comes_last(byte_dataset: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data-path", str(byte_dataset), "--log-interval", "4", "--split", "80,10,10"]
+    flags += ["--save-interval", "3", "--lr-decay-iters", "7", "--train-iters"]
+    train([*flags, "7", "--save", str(tmp_path / "whole")])
+    for steps in ("3", "7"):
+        train([*flags, steps, "--save", str(tmp_path / "parts")])
+    whole = rows(tmp_path / "whole/metrics.jsonl")
+    assert list(whole) == [3, 4, 6, 7]
+    assert rows(tmp_path / "parts/metrics.jsonl") == whole
+    assert list(rows(tmp_path / "whole/metrics.jsonl", "test_noise_lm_loss")) == [7]
+
+
 def test_default_length_is_one_epoch(byte_dataset: Path, tmp_path: Path) -> None:
     flags = [*TINY, "--data-path", str(byte_dataset), "--global-batch-size", "512", "--micro-batch-size", "128"]
     result = run_here([*flags, "--metrics-file", str(tmp_path / "m.jsonl"), "--eval-iters", "0"])
