@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron.core.config import DataConfig, TokenizerConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset, resolve_prefix
+from megatron.core.datasets.indexed_dataset import IndexedDataset, manifest_path, resolve_prefix
 from megatron.core.datasets.t5_dataset import SpanCorruptionDataset, SpecialTokens, build_datasets
 from megatron.core.errors import UserError
 from megatron.core.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
@@ -69,25 +69,40 @@ def _single_prefix(config: DataConfig) -> str:
     return config.data_path[0]
 
 
+def _manifest_entry(indexed: IndexedDataset, *keys: str) -> Any:
+    """The value under nested `keys` of the dataset's manifest."""
+    value: Any = indexed.manifest
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if value is None:
+        raise UserError(
+            f"{manifest_path(indexed.prefix)} has no {'.'.join(keys)}; preprocess the corpus again, or remove that file "
+            "and give --tokenizer-type and --tokenizer-model (or --vocab-file)"
+        )
+    return value
+
+
 def resolve_tokenizer(indexed: IndexedDataset, config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of the flags, checked against the dataset's manifest, or the one that travels with the data."""
-    recorded = (indexed.manifest or {}).get("tokenizer")
-    if config.tokenizer_type or config.tokenizer_model or config.vocab_file:
-        tokenizer = build_tokenizer(config)
-        if recorded and recorded["fingerprint"] != tokenizer.fingerprint:
-            raise UserError(
-                f"the tokenizer of the flags ({tokenizer.type}, {tokenizer.vocab_size} ids, fingerprint "
-                f"{tokenizer.fingerprint[:12]}) is not the one that made {indexed.prefix} ({recorded['type']}, "
-                f"{recorded['vocab_size']} ids, fingerprint {recorded['fingerprint'][:12]}); leave the tokenizer flags "
-                "out, or preprocess the corpus again"
-            )
-        return tokenizer
-    if not recorded:
+    """The tokenizer of the flags, or else the one that travels with the data; checked against the manifest."""
+    given = config.tokenizer_type or config.tokenizer_model or config.vocab_file
+    if given:
+        tokenizer, source = build_tokenizer(config), "the tokenizer of the flags"
+    elif indexed.manifest is None:
         raise UserError(
             f"{indexed.prefix} has no manifest that names its tokenizer; give --tokenizer-type and --tokenizer-model "
             "(or --vocab-file)"
         )
-    tokenizer = load_tokenizer(indexed.prefix.parent / indexed.manifest["tokenizer_directory"])  # type: ignore[index]
+    else:
+        directory = indexed.prefix.parent / _manifest_entry(indexed, "tokenizer_directory")
+        tokenizer, source = load_tokenizer(directory), str(directory)
+    if indexed.manifest is not None:
+        recorded = _manifest_entry(indexed, "tokenizer", "fingerprint")
+        if recorded != tokenizer.fingerprint:
+            raise UserError(
+                f"{source} ({tokenizer.type}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}) is "
+                f"not the one that made {indexed.prefix} (fingerprint {recorded[:12]}); use that one, or preprocess the "
+                "corpus again"
+            )
     if config.vocab_extra_ids not in (None, len(tokenizer.sentinel_ids)):
         raise UserError(
             f"--vocab-extra-ids is {config.vocab_extra_ids}, but the tokenizer of {indexed.prefix} has "

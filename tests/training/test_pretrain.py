@@ -438,3 +438,15 @@ def test_another_architecture_is_not_continued(byte_dataset: Path, tmp_path: Pat
     train(flags)
     _expect_one_line([*flags, "--hidden-size", "48"], "hidden_size 32 -> 48")
     _expect_one_line([*flags, "--optimizer", "adafactor"], "was trained with --optimizer adamw-scale")
+
+
+def test_manifest_without_a_tokenizer_is_one_line(byte_dataset: Path, tmp_path: Path) -> None:
+    prefix = _copied(byte_dataset, tmp_path)
+    path = prefix.with_name(prefix.name + ".json")
+    manifest = json.loads(path.read_text())
+    for broken in ({"tokenizer": None}, {"tokenizer": "T5"}, {"tokenizer_directory": None}):
+        path.write_text(json.dumps(manifest | broken))
+        _expect_one_line([*TINY, "--data-path", str(prefix), "--train-iters", "2"], "preprocess the corpus again")
+    other = manifest["tokenizer"] | {"fingerprint": "0" * 64}
+    path.write_text(json.dumps(manifest | {"tokenizer": other}))
+    _expect_one_line([*TINY, "--data-path", str(prefix), "--train-iters", "2"], "is not the one that made")
