@@ -76,7 +76,7 @@ def _manifest_entry(indexed: IndexedDataset, *keys: str) -> Any:
         value = value.get(key) if isinstance(value, dict) else None
     if value is None:
         raise UserError(
-            f"{manifest_path(indexed.prefix)} has no {'.'.join(keys)}; preprocess the corpus again, or remove that file "
+            f"{manifest_path(indexed.prefix)} has no {'.'.join(keys)}; preprocess the corpus again, or remove it "
             "and give --tokenizer-type and --tokenizer-model (or --vocab-file)"
         )
     return value
@@ -99,9 +99,9 @@ def resolve_tokenizer(indexed: IndexedDataset, config: TokenizerConfig) -> Token
         recorded = _manifest_entry(indexed, "tokenizer", "fingerprint")
         if recorded != tokenizer.fingerprint:
             raise UserError(
-                f"{source} ({tokenizer.type}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}) is "
-                f"not the one that made {indexed.prefix} (fingerprint {recorded[:12]}); use that one, or preprocess the "
-                "corpus again"
+                f"{source} ({tokenizer.type}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}) "
+                f"is not the one that made {indexed.prefix} (fingerprint {recorded[:12]}); use that one, or preprocess "
+                "the corpus again"
             )
     if config.vocab_extra_ids not in (None, len(tokenizer.sentinel_ids)):
         raise UserError(
