@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 source tools/environment.sh
 prepare_environment plot
 RUN=${RUN:-quickstart-run}
-STEPS=${STEPS:-1800}
+STEPS=${STEPS:-1500}
 mkdir -p "$RUN"
 
 if [ ! -e "$RUN/corpus.jsonl" ]; then
@@ -30,7 +30,7 @@ torchrun --standalone --nproc-per-node 2 pretrain_t5.py \
     --ffn-hidden-size 512 --encoder-seq-length 64 --data-path "$RUN/corpus" --split 90,10,0 \
     --micro-batch-size 4 --global-batch-size 8 --train-iters "$STEPS" \
     --optimizer adamw-scale --lr 2e-2 --lr-decay-style cosine --lr-warmup-iters 200 --clip-grad 1.0 \
-    --log-interval 50 --eval-interval 450 --save-interval 600 --save "$RUN/checkpoints" "$@"
+    --log-interval 50 --eval-interval 500 --save-interval 500 --save "$RUN/checkpoints" "$@"
 
 echo "[5/6] drawing the loss curve"
 python tools/plot_metrics.py --output "$RUN/loss.png" "$RUN/checkpoints/metrics.jsonl"
