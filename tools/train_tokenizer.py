@@ -175,7 +175,7 @@ def run(flags: argparse.Namespace) -> None:
     print(f"wrote {path}: {flags.vocab_size} pieces + {DEFAULT_EXTRA_IDS} sentinels = {tokenizer.vocab_size} ids")
     command = ["python", "tools/preprocess_data.py", "--input", *flags.input, "--json-keys", *flags.json_keys]
     command += ["--input-format", flags.input_format, "--tokenizer-model", str(path)]
-    print(f"next: {shlex.join(command)} --append-eod --output-prefix my_data")
+    print(f"next: {shlex.join(command)} --output-prefix my_data")
 
 
 def main(argv: list[str] | None = None) -> int:
