@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron.core.config import flag_name
 from megatron.core.errors import UserError
 from megatron.training.arguments import build_parser, format_config, options, parse_args, run_command_line
 from megatron.training.config import GROUPS, RunConfig
-from megatron.training.megatron_flags import MEGATRON_FLAGS, Refused
+from megatron.training.megatron_flags import MEGATRON_FLAGS, NoEffect, Refused
 
 SMALL = ["--encoder-num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"]
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,18 @@ def test_flags_without_effect_warn_once() -> None:
     assert warnings[0].startswith("--num-workers has no effect") and "--max-position-embeddings" in warnings[1]
 
 
+@pytest.mark.parametrize("flag", [flag for flag, meaning in MEGATRON_FLAGS.items() if isinstance(meaning, NoEffect)])
+def test_every_flag_without_effect_warns_and_leaves_the_others_alone(flag: str) -> None:
+    values = ["1"] if MEGATRON_FLAGS[flag].values else []
+    parsed = parse_args([*SMALL, flag, *values, "--train-iters", "3"])
+    assert [line.split(" has no effect: ")[0] for line in parsed.warnings] == [flag]
+    assert parsed.config == parse_args([*SMALL, "--train-iters", "3"]).config
+
+
+def test_fields_and_megatrons_other_flags_do_not_overlap() -> None:
+    assert not set(MEGATRON_FLAGS) & {flag_name(option.name) for option in options()}
+
+
 @pytest.mark.parametrize("flag", [flag for flag, meaning in MEGATRON_FLAGS.items() if isinstance(meaning, Refused)])
 def test_refused_megatron_flags_say_why(flag: str) -> None:
     with pytest.raises(UserError, match=f"^{flag} is Megatron-LM's and does not work here: .{{10,}}"):
@@ -129,6 +142,7 @@ def test_flag_syntax_exits_with_2(arguments: list[str], message: str, capsys: py
         ([*SMALL, "--hidden-dropout", "nan"], "--hidden-dropout is"),
         ([*SMALL, "--lr", "inf"], "--lr is 'inf'; it must be a finite number"),
         (["--config", "/nonexistent.yaml"], "No such file"),
+        (["--preset", "t5-v1_1-tiny"], "--preset is 't5-v1_1-tiny'; choose from t5-v1_0-small"),
     ],
 )
 def test_values_that_cannot_work_are_one_line(arguments: list[str], message: str) -> None:
