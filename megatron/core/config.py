@@ -180,7 +180,7 @@ class ComputeConfig:
     """How the model is computed; never changes what is computed beyond rounding."""
 
     bf16: bool = False
-    """Compute in bfloat16 with fp32 master weights, gradients reductions and loss."""
+    """Compute in bfloat16 with fp32 master weights, gradient reductions and loss."""
     fp16: bool = False
     """Compute in float16. Not available: T5 overflows in float16; use --bf16."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"

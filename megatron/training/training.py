@@ -160,6 +160,7 @@ class Trainer:
         self.window.restart()
         if self.progress.iteration >= self.total_iterations:
             say(f"nothing left to do: {self.progress.iteration} steps are done", self.context.is_main)
+            self._mark_finished()  # again: the run may have been killed between its last checkpoint and the marker
             return
         while self.progress.iteration < self.total_iterations:
             self.train_step()
@@ -170,11 +171,15 @@ class Trainer:
                 self.report()
             if step % training.eval_interval == 0 or last:
                 self.evaluate("validation", self.data.valid)
+            if last:
+                self.evaluate("test", self.data.test)  # before the last checkpoint, so that a kill does not lose it
             if saving:
                 self.save()
-        self.evaluate("test", self.data.test)
-        if checkpoint.save and self.context.is_main:
-            mark_finished(checkpoint.save, self.progress)
+        self._mark_finished()
+
+    def _mark_finished(self) -> None:
+        if self.config.checkpoint.save and self.context.is_main:
+            mark_finished(self.config.checkpoint.save, self.progress)
 
     def report(self) -> None:
         """Write one row about the steps since the last report."""

@@ -118,6 +118,26 @@ def test_two_processes_train_as_one(byte_dataset: Path, tmp_path: Path, optimize
             assert rows(file, key) == pytest.approx(rows(one, key), rel=2e-5)
 
 
+def test_z_loss_is_trained_on_but_no_part_of_lm_loss(byte_dataset: Path, tmp_path: Path) -> None:
+    losses = {}
+    for weight in ("0", "1"):
+        file = tmp_path / weight
+        common = [*TINY, "--data-path", str(byte_dataset), "--train-iters", "4", "--z-loss-weight", weight]
+        _train_here(0, [[*common, "--metrics-file", str(file)]])
+        losses[weight] = rows(file)
+        assert (rows(file, "z_loss")[1] > 1.0) == (weight == "1")
+    assert losses["0"][1] == losses["1"][1]
+    assert losses["0"][4] != pytest.approx(losses["1"][4], rel=1e-4)
+
+
+def test_dropout_is_seeded_anew_at_each_step(byte_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    common = [*TINY, "--data-path", str(byte_dataset), "--train-iters", "3", "--hidden-dropout", "0.1"]
+    _train_here(0, [common, common])
+    assert len(set(seeds[:3])) == 3 and seeds[:3] == seeds[3:]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw-scale", "adafactor"])
 def test_the_same_command_continues_bit_for_bit(
@@ -197,6 +217,7 @@ def test_extending_a_finished_run_takes_the_marker_away(
     _train_here(0, [[*flags, "1"]])
     assert (tmp_path / "finished").exists()
     monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("killed"))
+    (tmp_path / "finished").unlink()  # as if killed right after the last checkpoint
     _train_here(0, [[*flags, "1"]])  # nothing left to do
     assert (tmp_path / "finished").exists()
     with pytest.raises(pytest.fail.Exception, match="killed"):
@@ -339,7 +360,7 @@ def test_megatron_t5_220m_arguments(wordpiece_dataset: Path, wordpiece_vocab: Pa
     arguments = [replacements.get(words[i - 1], word) if i else word for i, word in enumerate(words)]
     result = launch(arguments)
     assert result.returncode == 0, result.stderr
-    assert "--split 99982,9,9 leaves" in result.stderr and "no valid loss" in result.stderr
+    assert "--split 99982,9,9 leaves" in result.stderr and "no validation loss" in result.stderr
     assert "512 + 114 tokens" in result.stdout
     assert list((tmp_path / "T").glob("events*"))
     config = json.loads((tmp_path / "S/iter_0000004/manifest.json").read_text())["config"]

@@ -352,8 +352,9 @@ def build_datasets(
         num_tokens = ranges[name][1] - ranges[name][0]
         held_out[name] = build(name) if num_tokens >= train.lengths.raw else None
         if weight > 0 and held_out[name] is None:
+            use = "validation" if name == "valid" else name
             warnings.append(
-                f"--split {config.split} leaves {num_tokens} of {indexed.prefix}'s tokens for {name}, but one sample "
-                f"takes {train.lengths.raw}; there will be no {name} loss"
+                f"--split {config.split} leaves {num_tokens} of {indexed.prefix}'s tokens for {use}, but one sample "
+                f"takes {train.lengths.raw}; there will be no {use} loss"
             )
     return T5Datasets(train, held_out["valid"], held_out["test"], warnings)

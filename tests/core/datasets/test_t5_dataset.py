@@ -265,7 +265,7 @@ def test_empty_validation_warns_and_trains(tmp_path: Path) -> None:
     assert splits.test is None
     assert len(splits.warnings) == 2
     assert "--split 99982,9,9 leaves 0 of" in splits.warnings[0]
-    assert "for valid, but one sample takes 34" in splits.warnings[0]
+    assert "for validation, but one sample takes 34" in splits.warnings[0]
     assert splits.train.batch(np.arange(2)).labels.shape[0] == 2
 
 
