@@ -11,8 +11,7 @@ import os
 import sys
 
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
-from megatron.core.errors import UserError
-from megatron.training.arguments import Parser, add_group_flags, group_config
+from megatron.training.arguments import Parser, add_group_flags, exit_status, group_config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,19 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     flags = vars(build_parser().parse_args(argv))
-    try:
-        tokenizer = group_config(flags, "tokenizer")
+
+    def program() -> None:
+        tokenizer = group_config(flags, "tokenizer")  # takes its flags out; the others are the preprocessing's
         preprocess(PreprocessConfig(**flags, tokenizer=tokenizer))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or flags['output_prefix']}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing unfinished is left", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status(program, interrupted="interrupted; nothing unfinished is left")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from megatron.core.datasets.corpus_reader import find_sources, parse_records, re
 from megatron.core.errors import UserError
 from megatron.core.file_utils import publish_bytes
 from megatron.core.tokenizers import DEFAULT_EXTRA_IDS, SentencePieceTokenizer
-from megatron.training.arguments import Parser
+from megatron.training.arguments import Parser, exit_status
 
 # SentencePiece leaves out longer sentences without a word (its default limit, in bytes).
 MAX_SENTENCE_BYTES = 4192
@@ -180,18 +180,8 @@ def run(flags: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    try:
-        run(build_parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    flags = build_parser().parse_args(argv)
+    return exit_status(lambda: run(flags), interrupted="interrupted; nothing was written")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from megatron.training.megatron_flags import MEGATRON_FLAGS, MEGATRON_VALUES, No
 
 EXIT_USER_ERROR = 1
 EXIT_FLAG_SYNTAX = 2
+EXIT_INTERRUPTED = 130
 OTHER_PROCESS_PRINTS_WITHIN_S = 3.0
 
 
@@ -231,7 +232,7 @@ _KIND = {int: "a whole number", float: "a number", str: "text"}
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -354,6 +355,22 @@ def format_config(config: RunConfig, sources: dict[str, str]) -> str:
                 text = f"# {text}"  # training takes the tokenizer's unless told otherwise; so must the printed file
             lines.append(f"  {text:<48} # {sources[name]}")
     return "\n".join(lines)
+
+
+def exit_status(program: Callable[[], object], interrupted: str) -> int:
+    """Run a tool's `program`; a mistake, a file that fails and Ctrl-C become one line on stderr and an exit status."""
+    try:
+        program()
+    except UserError as error:
+        message, status = f"error: {error}", EXIT_USER_ERROR
+    except OSError as error:
+        message, status = f"error: {error.filename or 'input or output'}: {error.strerror or error}", EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        message, status = interrupted, EXIT_INTERRUPTED
+    else:
+        return 0
+    print(message, file=sys.stderr)
+    return status
 
 
 def run_command_line(main: Callable[[], int | None], is_printing_process: bool = True) -> NoReturn:
