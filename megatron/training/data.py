@@ -117,6 +117,12 @@ def open_data(config: RunConfig) -> TrainingData:
     tokenizer = resolve_tokenizer(indexed, config.tokenizer)
     special = SpecialTokens.from_tokenizer(tokenizer)
     datasets = build_datasets(config.data, indexed, special, config.training.seed)
+    longest = max(datasets.train.encoder_length, datasets.train.decoder_length)
+    if config.model.position_embedding_type == "learned_absolute" and longest > config.model.max_position_embeddings:
+        raise UserError(
+            f"--max-position-embeddings is {config.model.max_position_embeddings}, but the objective makes rows of "
+            f"{longest} tokens; raise it, or shorten --encoder-seq-length"
+        )
     return TrainingData(indexed, tokenizer, special, datasets.train, datasets.valid, datasets.test, datasets.warnings)
 
 
