@@ -430,8 +430,10 @@ def test_damaged_datasets_are_refused(byte_dataset: Path, tmp_path: Path, damage
         (["--data-path", "DATA", "--seq-length", "2048", "--mean-noise-span-length", "1.1"], "sentinels"),
         (["--data-path", "DATA", "--decoder-seq-length", "5"], "--decoder-seq-length is 5"),
         (
-            ["--data-path", "DATA", "--position-embedding-type", "learned_absolute", "--max-position-embeddings", "64"]
-            + ["--noise-density", "0.6", "--mean-noise-span-length", "8"],
+            shlex.split(
+                "--data-path DATA --position-embedding-type learned_absolute --max-position-embeddings 64 "
+                "--noise-density 0.6 --mean-noise-span-length 8"
+            ),
             "the objective makes rows of",
         ),
         (
