@@ -11,19 +11,13 @@ import os
 import sys
 
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
-from megatron.training.arguments import Parser, add_group_flags, exit_status, group_config
+from megatron.training.arguments import Parser, add_group_flags, add_input_flags, exit_status, group_config
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of this program, in Megatron-LM's spelling."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [flags]")
-    group = parser.add_argument_group("input")
-    group.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE",
-        help="files or quoted glob patterns: .jsonl/.json/.ndjson (one JSON object a line) or .txt, also .gz and .zst",
-    )  # fmt: skip
-    group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of the texts (text)")
-    group.add_argument("--input-format", choices=["auto", "jsonl", "text"], default="auto", help="auto: by file name")
+    group = add_input_flags(parser)
     group.add_argument(
         "--text-sample-by", choices=["line", "paragraph", "document"], default="line",
         help="a document of a .txt file is a line (default), what blank lines separate, or the whole file",
@@ -58,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = group_config(flags, "tokenizer")  # takes its flags out; the others are the preprocessing's
         preprocess(PreprocessConfig(**flags, tokenizer=tokenizer))
 
-    return exit_status(program, interrupted="interrupted; nothing unfinished is left")
+    return exit_status(program, output=flags["output_prefix"], interrupted="interrupted; nothing unfinished is left")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from megatron.core.datasets.corpus_reader import find_sources, parse_records, re
 from megatron.core.errors import UserError
 from megatron.core.file_utils import publish_bytes
 from megatron.core.tokenizers import DEFAULT_EXTRA_IDS, SentencePieceTokenizer
-from megatron.training.arguments import Parser, exit_status
+from megatron.training.arguments import Parser, add_input_flags, exit_status
 
 # SentencePiece leaves out longer sentences without a word (its default limit, in bytes).
 MAX_SENTENCE_BYTES = 4192
@@ -29,13 +29,7 @@ MAX_SENTENCE_BYTES = 4192
 def build_parser() -> argparse.ArgumentParser:
     """Flags of this program."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [flags]")
-    group = parser.add_argument_group("input")
-    group.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE",
-        help="files or quoted glob patterns: .jsonl/.json/.ndjson (one JSON object a line) or .txt, also .gz and .zst",
-    )  # fmt: skip
-    group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of the texts (text)")
-    group.add_argument("--input-format", choices=["auto", "jsonl", "text"], default="auto", help="auto: by file name")
+    group = add_input_flags(parser)
     group.add_argument(
         "--input-sentence-size", "--max-sentences", type=int, default=2_000_000, metavar="N",
         help="train on a random sample of this many lines, which are held in memory; 0 takes all (2000000)",
@@ -181,7 +175,8 @@ def run(flags: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     flags = build_parser().parse_args(argv)
-    return exit_status(lambda: run(flags), interrupted="interrupted; nothing was written")
+    output = flags.output or f"{flags.output_prefix}.model"
+    return exit_status(lambda: run(flags), output, interrupted="interrupted; nothing was written")
 
 
 if __name__ == "__main__":

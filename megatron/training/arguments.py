@@ -170,6 +170,18 @@ def add_group_flags(parser: argparse.ArgumentParser, group: str) -> None:
             _add_option(argument_group, option)
 
 
+def add_input_flags(parser: argparse.ArgumentParser) -> Any:
+    """Add the flags that name the raw text, the same for all tools that read it; returns their group for more."""
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE",
+        help="files or quoted glob patterns: .jsonl/.json/.ndjson (one JSON object a line) or .txt, also .gz and .zst",
+    )  # fmt: skip
+    group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of the texts (text)")
+    group.add_argument("--input-format", choices=["auto", "jsonl", "text"], default="auto", help="auto: by file name")
+    return group
+
+
 def group_config(flags: dict[str, Any], group: str) -> Any:
     """Take the flags of one configuration dataclass out of `flags` (a parsed namespace) and build it.
 
@@ -357,14 +369,20 @@ def format_config(config: RunConfig, sources: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def exit_status(program: Callable[[], object], interrupted: str) -> int:
-    """Run a tool's `program`; a mistake, a file that fails and Ctrl-C become one line on stderr and an exit status."""
+def exit_status(program: Callable[[], object], output: str, interrupted: str) -> int:
+    """Run a tool's `program`; a mistake, a file that fails and Ctrl-C become one line on stderr and an exit status.
+
+    Args:
+        program: The tool.
+        output: What it writes, named when a file error (a full disk, say) names no file.
+        interrupted: The line after Ctrl-C.
+    """
     try:
         program()
     except UserError as error:
         message, status = f"error: {error}", EXIT_USER_ERROR
     except OSError as error:
-        message, status = f"error: {error.filename or 'input or output'}: {error.strerror or error}", EXIT_USER_ERROR
+        message, status = f"error: {error.filename or output}: {error.strerror or error}", EXIT_USER_ERROR
     except KeyboardInterrupt:
         message, status = interrupted, EXIT_INTERRUPTED
     else:

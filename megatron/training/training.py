@@ -109,16 +109,16 @@ class Trainer:
         batches = [b.to(self.context.device) for b in self.train_loader.microbatches(self.progress.consumed_samples)]
         self.window.data_wait_s += time.perf_counter() - start
         num_targets = torch.stack([(b.labels >= 0).sum() for b in batches]).sum()
+        self.window.begin_step(num_targets)
         if self.context.dp_group is not None:
             torch.distributed.all_reduce(num_targets, group=self.context.dp_group)
         self._seed_dropout()
-        self.window.steps += 1
         for number, batch in enumerate(batches):
             self.data_parallel.set_gradient_sync(number == len(batches) - 1)
             losses = self.model(batch.encoder_input_ids, batch.decoder_input_ids, batch.labels).loss
             cross_entropy, z_loss = losses.cross_entropy.sum(), losses.z_loss.sum()
             ((cross_entropy + z_loss) / num_targets).backward()
-            self.window.add_losses(cross_entropy.detach(), z_loss.detach(), batch.labels)
+            self.window.add_losses(cross_entropy.detach(), z_loss.detach())
         self.data_parallel.reduce_gradients()
         self._update()
 
@@ -309,9 +309,14 @@ class _Window:
         """Leave `seconds` of evaluation or saving out of the step time."""
         self.start += seconds
 
-    def add_losses(self, cross_entropy: torch.Tensor, z_loss: torch.Tensor, labels: torch.Tensor) -> None:
+    def begin_step(self, num_targets: torch.Tensor) -> None:
+        """Count a step and this rank's target tokens in it; stays on the device."""
+        self.steps += 1
+        self.totals[2] += num_targets
+
+    def add_losses(self, cross_entropy: torch.Tensor, z_loss: torch.Tensor) -> None:
         """Add the sums of one microbatch; stays on the device."""
-        self.totals += torch.stack([cross_entropy.double(), z_loss.double(), (labels >= 0).sum().double()])
+        self.totals[:2] += torch.stack([cross_entropy.double(), z_loss.double()])
 
     def row(self, context: ParallelContext) -> dict[str, Any]:
         """Means over the window (gradient norm and rate: of its last step) and all ranks; begins the next window."""
