@@ -182,17 +182,26 @@ class ComputeConfig:
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights, gradient reductions and loss."""
     fp16: bool = False
-    """Compute in float16. Not available: T5 overflows in float16; use --bf16."""
+    """Compute in float16 with a dynamic loss scale, an fp32 residual stream, master weights and loss."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Implementation of the layers."""
     attention_backend: Literal["auto", "sdpa", "unfused"] = "auto"
     """auto: torch's scaled_dot_product_attention on GPUs, plain matrix products on CPUs, where they are faster."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute in the backward pass: whole layers (full) or the attention scores (selective)."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Full recomputation: keep the input of every group of layers (uniform, the default), or recompute only the first
+    layers of each stack or stage (block)."""
+    recompute_num_layers: int | None = None
+    """Layers of a group (uniform; default 1), or recomputed layers of each stack or stage (block; default all)."""
 
     def __post_init__(self) -> None:
-        if self.fp16:
-            raise UserError("--fp16 is not supported: T5's feed-forward output overflows float16; use --bf16")
+        if self.fp16 and self.bf16:
+            raise UserError("--fp16 and --bf16 are both given; choose one")
+        require_positive(self, "recompute_num_layers")
+        for name in ("recompute_method", "recompute_num_layers"):
+            if getattr(self, name) is not None and self.recompute_granularity != "full":
+                raise UserError(f"{flag_name(name)} needs --recompute-granularity full; add it or remove the flag")
         if self.transformer_impl == "transformer_engine":
             import importlib.util
 
@@ -211,12 +220,18 @@ class ParallelConfig:
     """The layout of processes."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that split each layer. This version runs 1."""
-    pipeline_model_parallel_size: int = 1
-    """Ranks that split the stack of layers. This version runs 1."""
+    """Ranks that split each layer: attention heads, feed-forward units and the vocabulary."""
     sequence_parallel: bool = False
-    """Split activations along the sequence over the tensor-parallel ranks. This version runs without."""
-    data_parallel_sharding_strategy: Literal["no_shard", "optim_grads", "optim_grads_params"] | None = None
+    """Split activations between layers along the sequence over the tensor-parallel ranks."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that split the stack of layers."""
+    pipeline_schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev"] = "auto"
+    """Order of the microbatches' passes. auto: schedule, cuts and stages a rank with the least simulated step time."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Stages on each pipeline rank. Default: what the schedule needs or, if it can have any number, the best."""
+    pipeline_layout: str | None = None
+    """Stages by hand instead of by cost, e.g. "E8|E4 D2|D10" (see docs/pipeline.md)."""
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] | None = None
     """What data-parallel ranks divide among them (each further part saves memory and costs time). Default: by size."""
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library. Default: nccl on GPUs, gloo on CPUs."""
@@ -224,12 +239,18 @@ class ParallelConfig:
     """A collective that takes longer than this ends the job."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "distributed_timeout_minutes")
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) != 1:
-                raise UserError(f"{flag_name(name)} is {getattr(self, name)}; this version supports 1 only")
-        if self.sequence_parallel:
-            raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1, which this version lacks")
+        require_positive(
+            self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes",
+            "num_virtual_stages_per_pipeline_rank",
+        )  # fmt: skip
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise UserError(
+                "--sequence-parallel needs --tensor-model-parallel-size above 1; raise it or remove the flag"
+            )
+        if self.pipeline_model_parallel_size == 1:
+            for name in ("num_virtual_stages_per_pipeline_rank", "pipeline_layout"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{flag_name(name)} needs --pipeline-model-parallel-size above 1; raise it")
 
 
 @dataclass(kw_only=True)
@@ -276,13 +297,26 @@ class OptimizerConfig:
     """Clip the global gradient norm to this; 0 leaves gradients as they are."""
     z_loss_weight: float = 1e-4
     """Weight of the squared log-partition function in the loss, as in T5X; 0 turns it off."""
+    loss_scale: float | None = None
+    """fp16: a constant loss scale. Default: dynamic."""
+    initial_loss_scale: float = 2.0**32
+    """fp16: first loss scale."""
+    min_loss_scale: float = 1.0
+    """fp16: the loss scale never goes below this."""
+    loss_scale_window: int = 1000
+    """fp16: steps without an overflow after which the loss scale doubles."""
+    hysteresis: int = 2
+    """fp16: overflows (since the scale last doubled) from which on each halves the loss scale."""
 
     def __post_init__(self) -> None:
         defaults = {"adamw": (1e-4, 1e-8), "adamw-scale": (2e-2, 1e-6), "adafactor": (1e-2, None)}
         default_lr, default_eps = defaults[self.optimizer]
         self.lr = default_lr if self.lr is None else self.lr
         self.adam_eps = default_eps if self.adam_eps is None else self.adam_eps
-        require_positive(self, "lr", "lr_decay_iters", "lr_decay_samples", "adam_eps", "adafactor_decay_rate")
+        require_positive(
+            self, "lr", "lr_decay_iters", "lr_decay_samples", "adam_eps", "adafactor_decay_rate", "loss_scale",
+            "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis",
+        )  # fmt: skip
         require_in_unit_interval(self, "adam_beta1", "adam_beta2", "lr_warmup_fraction")
         for name in ("min_lr", "lr_warmup_init", "weight_decay", "clip_grad", "z_loss_weight"):
             if getattr(self, name) < 0:

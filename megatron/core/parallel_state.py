@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron.core.config import ParallelConfig
@@ -27,12 +28,14 @@ class ParallelContext:
         rank: This process, counted over all nodes.
         mesh: Device mesh with the axes of `MESH_AXES`, or None when there is a single process, which then needs no
             process group at all.
+        dp_tp_group: Process group of the ranks of this pipeline rank (dp x tp together), or None without a mesh.
     """
 
     device: torch.device
     world_size: int = 1
     rank: int = 0
     mesh: DeviceMesh | None = None
+    dp_tp_group: ProcessGroup | None = None
 
     @classmethod
     def create(cls, config: ParallelConfig, device: torch.device) -> ParallelContext:
@@ -48,22 +51,69 @@ class ParallelContext:
             )
         shape = (config.pipeline_model_parallel_size, world_size // model_parallel, config.tensor_model_parallel_size)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
-        return cls(device=device, world_size=world_size, rank=torch.distributed.get_rank(), mesh=mesh)
+        dp_tp_group = mesh["dp", "tp"]._flatten("dp_tp").get_group()
+        return cls(device, world_size, torch.distributed.get_rank(), mesh, dp_tp_group)
+
+    def _size(self, axis: str) -> int:
+        return 1 if self.mesh is None else self.mesh[axis].size()
+
+    def _rank(self, axis: str) -> int:
+        return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
+
+    def _group(self, axis: str) -> ProcessGroup | None:
+        return None if self.mesh is None else self.mesh[axis].get_group()
 
     @property
     def dp_size(self) -> int:
         """Number of data-parallel ranks."""
-        return 1 if self.mesh is None else self.mesh["dp"].size()
+        return self._size("dp")
 
     @property
     def dp_rank(self) -> int:
         """This process among the data-parallel ranks."""
-        return 0 if self.mesh is None else self.mesh["dp"].get_local_rank()
+        return self._rank("dp")
 
     @property
-    def dp_group(self) -> torch.distributed.ProcessGroup | None:
+    def dp_group(self) -> ProcessGroup | None:
         """Process group of the data-parallel ranks, or None for a single process."""
-        return None if self.mesh is None else self.mesh["dp"].get_group()
+        return self._group("dp")
+
+    @property
+    def tp_size(self) -> int:
+        """Number of tensor-parallel ranks."""
+        return self._size("tp")
+
+    @property
+    def tp_rank(self) -> int:
+        """This process among the tensor-parallel ranks."""
+        return self._rank("tp")
+
+    @property
+    def tp_group(self) -> ProcessGroup | None:
+        """Process group of the tensor-parallel ranks, or None for a single process."""
+        return self._group("tp")
+
+    @property
+    def pp_size(self) -> int:
+        """Number of pipeline ranks."""
+        return self._size("pp")
+
+    @property
+    def pp_rank(self) -> int:
+        """This process among the pipeline ranks."""
+        return self._rank("pp")
+
+    @property
+    def pp_group(self) -> ProcessGroup | None:
+        """Process group of the pipeline ranks, or None for a single process."""
+        return self._group("pp")
+
+    def sharding_group(self, *, over_dp: bool, over_tp: bool) -> ProcessGroup | None:
+        """Process group of the ranks among which a parameter is divided, or None when it is not divided at all."""
+        over_dp, over_tp = over_dp and self.dp_size > 1, over_tp and self.tp_size > 1
+        if over_dp and over_tp:
+            return self.dp_tp_group
+        return self.dp_group if over_dp else self.tp_group if over_tp else None
 
     @property
     def is_main(self) -> bool:

@@ -14,14 +14,18 @@ belongs to matrix `(r // block) % len(matrices)`. A shard of consecutive rows th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from megatron.core.parallel_state import ParallelContext
 
 # Rows that are drawn together from one seed. A rank draws whole blocks and keeps its own rows, so the values do not
 # depend on how rows are divided among ranks.
@@ -54,6 +58,8 @@ class ParamSpec:
         matrices: Names of the logical matrices stored in this parameter.
         block: Consecutive rows (dimension 0) that belong to one logical matrix.
         weight_decay: Whether decoupled weight decay applies.
+        valid_rows: Rows that mean something; those from there on are zero, get no gradient and count nowhere (padding
+            that lets the vocabulary divide among ranks). None: all.
     """
 
     axes: tuple[str, ...]
@@ -61,6 +67,7 @@ class ParamSpec:
     matrices: tuple[str, ...] = ("weight",)
     block: int = 1
     weight_decay: bool = True
+    valid_rows: int | None = None
 
     def __post_init__(self) -> None:
         assert len(self.init.scales) == len(self.matrices), (self.init, self.matrices)
@@ -84,19 +91,101 @@ def named_parameter_specs(model: nn.Module) -> dict[str, ParamSpec]:
     return specs
 
 
-def local_rows(parameter: torch.Tensor) -> tuple[int, int]:
-    """First global row (dimension 0) and number of rows of `parameter` that this rank holds."""
+@dataclass(frozen=True)
+class ModelParameter:
+    """One parameter that this rank holds (a part of).
+
+    Attributes:
+        name: Global name, the same on every layout.
+        parameter: Plain, or a DTensor over the axes that divide it.
+        spec: What it is.
+        shared: Whether other stages of the pipeline hold copies of it. All copies get the same gradient and take the
+            same steps.
+        is_copy: Whether a lower stage, on this rank or another, holds it too: norms, counts and checkpoints take that
+            one.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    spec: ParamSpec
+    shared: bool = False
+    is_copy: bool = False
+
+
+def model_parameters(stages: Sequence[nn.Module]) -> list[ModelParameter]:
+    """All parameters of the modules of this rank, in order; a name that comes again is a copy.
+
+    Copies that other ranks hold are unknown here (see `core.distributed.SharedParameters`).
+    """
+    counts = Counter(name for stage in stages for name, _ in stage.named_parameters())
+    found: list[ModelParameter] = []
+    seen: set[str] = set()
+    for stage in stages:
+        specs = named_parameter_specs(stage)
+        for name, parameter in stage.named_parameters():
+            found.append(ModelParameter(name, parameter, specs[name], counts[name] > 1, name in seen))
+            seen.add(name)
+    return found
+
+
+def shard_parameters(model: nn.Module, mesh: DeviceMesh, sharded_axes: Collection[str]) -> None:
+    """Replace every parameter of `model` (on the meta device) by a DTensor of its global shape on the 1-D `mesh`.
+
+    Args:
+        model: The model; its parameters have their global shapes.
+        mesh: The tensor-parallel ranks.
+        sharded_axes: Logical axes that are divided over `mesh`; at most one a parameter.
+
+    Raises:
+        AssertionError: A dimension does not divide; configuration checks come first.
+    """
+    for module in model.modules():
+        specs: dict[str, ParamSpec] = getattr(module, "parameter_specs", {})
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            assert parameter.is_meta, f"{name} is materialised already"
+            dims = [dim for dim, axis in enumerate(specs[name].axes) if axis in sharded_axes]
+            assert len(dims) <= 1, f"{name}: {specs[name].axes}"
+            local, placement = parameter.detach(), Replicate() if not dims else Shard(dims[0])
+            if dims:
+                assert local.shape[dims[0]] % mesh.size() == 0, f"{name} {tuple(local.shape)} over {mesh.size()} ranks"
+                local = local.chunk(mesh.size(), dims[0])[0].contiguous()
+            whole = DTensor.from_local(
+                local, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+            )
+            setattr(module, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+
+
+def counted_here(parameter: torch.Tensor, context: ParallelContext) -> bool:
+    """Whether this rank's part of `parameter` is the one to count among its data- and tensor-parallel replicas.
+
+    A rank counts what it holds a shard of; of replicas, the one of rank 0 of the replicating axis counts.
+    """
+    axes: tuple[str, ...] = ()
+    if isinstance(parameter, DTensor):
+        names = parameter.device_mesh.mesh_dim_names or ()
+        axes = tuple(
+            n for n, placement in zip(names, parameter.placements, strict=True) if not placement.is_replicate()
+        )
+    return ("dp" in axes or context.dp_rank == 0) and ("tp" in axes or context.tp_rank == 0)
+
+
+def local_slice(parameter: torch.Tensor, dim: int) -> tuple[int, int]:
+    """First global index and number of indices of dimension `dim` of `parameter` that this rank holds."""
     if isinstance(parameter, DTensor):
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
-        assert tuple(shape[1:]) == tuple(parameter.shape[1:]), "only dimension 0 is sharded"
-        return (offset[0], shape[0]) if shape[0] else (0, 0)
-    return 0, parameter.shape[0]
+        return (offset[dim], shape[dim]) if shape[dim] else (0, 0)
+    return 0, parameter.shape[dim]
+
+
+def local_rows(parameter: torch.Tensor) -> tuple[int, int]:
+    """First global row (dimension 0) and number of rows of `parameter` that this rank holds."""
+    return local_slice(parameter, 0)
 
 
 def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """The rows of `parameter` that this rank holds, as a plain tensor sharing its storage."""
+    """The part of `parameter` that this rank holds, as a plain tensor; differentiable, and sharing its storage."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -129,17 +218,25 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
     """Fill every parameter of `model` in place, deterministically from (seed, name, row), for any sharding."""
     specs = named_parameter_specs(model)
     for name, parameter in model.named_parameters():
-        spec, local = specs[name], local_tensor(parameter)
-        start, count = local_rows(parameter)
-        if count == 0:
-            continue
-        scales = torch.tensor(spec.init.scales)[spec.matrix_of_rows(start, count)]
-        scales = scales.view(-1, *[1] * (local.ndim - 1))  # [rows, 1, ...]
-        if spec.init.distribution == "constant":
-            local.copy_(scales.expand(local.shape))
-            continue
-        for number, first, end in _row_blocks(start, count, parameter.shape[0]):
-            block = _draw_block(spec, (end - first, *parameter.shape[1:]), _seed(seed, name, number))
-            low, high = max(first, start), min(end, start + count)
-            values = block[low - first : high - first] * scales[low - start : high - start]
-            local[low - start : high - start].copy_(values)
+        _initialize(local_tensor(parameter), parameter, specs[name], name, seed)
+
+
+def _initialize(local: torch.Tensor, parameter: torch.Tensor, spec: ParamSpec, name: str, seed: int) -> None:
+    start, count = local_rows(parameter)
+    if local.numel() == 0:
+        return
+    scales = torch.tensor(spec.init.scales)[spec.matrix_of_rows(start, count)]
+    if spec.valid_rows is not None:
+        scales.masked_fill_(torch.arange(start, start + count) >= spec.valid_rows, 0.0)
+    scales = scales.view(-1, *[1] * (local.ndim - 1))  # [rows, 1, ...]
+    if spec.init.distribution == "constant":
+        local.copy_(scales.expand(local.shape))
+        return
+    total = parameter.shape[0] if spec.valid_rows is None else spec.valid_rows
+    for number, first, end in _row_blocks(start, min(count, total - start), total):
+        block = _draw_block(spec, (end - first, *parameter.shape[1:]), _seed(seed, name, number))
+        if local.ndim > 1:
+            block = block.narrow(1, *local_slice(parameter, 1))
+        low, high = max(first, start), min(end, start + count)
+        local[low - start : high - start].copy_(block[low - first : high - first] * scales[low - start : high - start])
+    local[max(0, total - start) :].zero_()
