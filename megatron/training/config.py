@@ -112,6 +112,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         model, data = self.model, self.data
+        tensor_ranks = self.parallel.tensor_model_parallel_size
+        for name in ("num_attention_heads", "ffn_hidden_size"):
+            if getattr(model, name) % tensor_ranks:
+                raise UserError(
+                    f"{flag_name(name)} {getattr(model, name)} is not a multiple of --tensor-model-parallel-size "
+                    f"{tensor_ranks}; choose a size that divides it"
+                )
         if model.position_embedding_type == "learned_absolute":
             for name in ("encoder_seq_length", "decoder_seq_length"):
                 length = getattr(data, name)

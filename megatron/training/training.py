@@ -40,7 +40,7 @@ def build_model(config: RunConfig, context: ParallelContext) -> tuple[T5Model, D
     """A sharded model with its initial values, which do not depend on the sharding."""
     with torch.device("meta"):
         model = T5Model(config.model, config.compute, z_loss_weight=config.optimizer.z_loss_weight)
-    blocks = [*model.encoder.layers, *model.decoder.layers]
+    blocks = model.blocks
     strategy = config.parallel.data_parallel_sharding_strategy
     data_parallel = DataParallel(model, context, config.compute, blocks, strategy)
     model.to_empty(device=context.device)

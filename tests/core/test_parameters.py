@@ -138,7 +138,7 @@ def test_seed_and_name_decide_the_values():
     ):
         assert torch.equal(parameter, same)
         assert is_constant(name) or not torch.equal(parameter, different)
-    layers = first.decoder.layers
+    layers = first.blocks[-2:]
     assert not torch.equal(layers[0].mlp.wi.weight, layers[1].mlp.wi.weight)
     block = first.embedding.word_embeddings.weight[:INIT_BLOCK_ROWS]
     assert not torch.equal(block, first.embedding.word_embeddings.weight[INIT_BLOCK_ROWS : 2 * INIT_BLOCK_ROWS])
@@ -155,7 +155,7 @@ def test_a_ranks_rows_equal_the_rows_of_the_whole(world, data, axis):
         model = build(initialize=False)
         if axis == "fsdp":
             mesh = init_device_mesh("cpu", (world,))
-            for layer in (*model.encoder.layers, *model.decoder.layers):
+            for layer in model.blocks:
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
         model.to_empty(device="cpu")

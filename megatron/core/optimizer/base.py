@@ -3,43 +3,83 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
-from torch import nn
 
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import ParamSpec, local_tensor, named_parameter_specs
+from megatron.core.parameters import ModelParameter, ParamSpec, local_tensor
+
+# Replaces each tensor, in place, by the one that the owner of the shared parameter of that name has. The names are
+# sorted, so that the ranks that hold copies meet in the same order; every rank calls it equally often in a step.
+Synchronize: TypeAlias = Callable[[dict[str, torch.Tensor]], None]
 
 
 class Optimizer(ABC):
     """Updates the parameters of a model from their gradients.
 
     All state is allocated at construction, so build the optimizer after the parameters have been materialised; loading
-    a checkpoint then fills the tensors of `named_state` in place.
+    a checkpoint then fills the tensors of `named_state` in place. Copies of a shared parameter have state of their own
+    and take the same steps; of two on one rank, only the first is in `named_state` (see `refresh_copies`).
+
+    Args:
+        parameters: What this rank holds, of all its stages.
+        context: The layout.
+        synchronize: Makes sums over shared parameters bit-equal to their owners'. None when all copies are on this
+            rank.
 
     Attributes:
-        names: Qualified name of each parameter.
-        parameters: The parameters: plain tensors (replicated) or DTensors sharded along dimension 0.
+        names: Global name of each parameter.
+        parameters: The parameters: plain, or DTensors divided over dp (dimension 0) and tp (dimension 0 or 1).
         specs: What each parameter is.
+        shared: Whether each parameter has copies, here or on other pipeline ranks.
+        is_copy: Whether a lower stage holds each parameter too.
+        copies: (index, index of the first parameter of the same name) of the further ones on this rank.
         step_count: Number of updates so far, 0-dimensional float32.
     """
 
     step_count: torch.Tensor
 
-    def __init__(self, model: nn.Module, context: ParallelContext) -> None:
-        specs = named_parameter_specs(model)
-        self.names = [name for name, _ in model.named_parameters()]
-        self.parameters = [parameter for _, parameter in model.named_parameters()]
-        self.specs: list[ParamSpec] = [specs[name] for name in self.names]
+    def __init__(
+        self, parameters: Sequence[ModelParameter], context: ParallelContext, synchronize: Synchronize | None = None
+    ) -> None:
+        self.names = [p.name for p in parameters]
+        self.parameters = [p.parameter for p in parameters]
+        self.specs: list[ParamSpec] = [p.spec for p in parameters]
+        self.shared = [p.shared for p in parameters]
+        self.is_copy = [p.is_copy for p in parameters]
+        first = {name: index for index, name in reversed(list(enumerate(self.names)))}
+        self.copies = [(index, first[name]) for index, name in enumerate(self.names) if first[name] != index]
         self.context = context
+        self.synchronize = synchronize
 
     @abstractmethod
     def step(self, lr: float) -> None:
         """Update the parameters in place with learning rate `lr`; the gradients may be overwritten."""
 
     @abstractmethod
+    def parameter_state(self, index: int) -> dict[str, torch.Tensor]:
+        """State tensors of one parameter by kind (`exp_avg`), placed like the parameter."""
+
     def named_state(self) -> dict[str, torch.Tensor]:
-        """State tensors by checkpoint name (`optimizer/exp_avg/<parameter>`), placed like their parameters."""
+        """The step count and all state tensors by checkpoint name, `optimizer/<kind>/<parameter>`."""
+        state = {"optimizer/step": self.step_count}
+        further = {index for index, _ in self.copies}
+        for index, name in enumerate(self.names):
+            if index not in further:
+                named = self.parameter_state(index).items()
+                state.update({f"optimizer/{kind}/{name}": tensor for kind, tensor in named})
+        return state
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Give further copies on this rank the value and state of the first, after a checkpoint has been loaded."""
+        for index, first in self.copies:
+            local_tensor(self.parameters[index].detach()).copy_(local_tensor(self.parameters[first].detach()))
+            state, source = self.parameter_state(index), self.parameter_state(first)
+            for kind, tensor in state.items():
+                local_tensor(tensor).copy_(local_tensor(source[kind]))
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -47,13 +87,14 @@ class Optimizer(ABC):
             parameter.grad = None
 
     def local_parameters(self) -> list[torch.Tensor]:
-        """The rows of each parameter that this rank holds (not kept: sharding may move them)."""
+        """The part of each parameter that this rank holds (not kept: sharding may move it)."""
         return [local_tensor(parameter.detach()) for parameter in self.parameters]
 
     def local_gradients(self) -> list[torch.Tensor]:
-        """The rows of each gradient that this rank holds."""
+        """The part of each gradient that this rank holds, contiguous."""
         gradients = []
         for name, parameter in zip(self.names, self.parameters, strict=True):
             assert parameter.grad is not None, f"{name} has no gradient"
-            gradients.append(local_tensor(parameter.grad))
+            # A DTensor's gradient has the layout that the backward pass happened to produce.
+            gradients.append(local_tensor(parameter.grad).contiguous())
         return gradients

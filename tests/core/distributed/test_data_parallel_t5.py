@@ -27,7 +27,7 @@ def build(context, strategy, tied, bf16, optimizer):
     compute = ComputeConfig(bf16=bf16)
     with torch.device("meta"):
         model = T5Model(config(tied), compute, z_loss_weight=1e-4)
-    blocks = [*model.encoder.layers, *model.decoder.layers]
+    blocks = model.blocks
     parallel = DataParallel(model, context, compute, blocks, strategy)
     model.to_empty(device="cpu")
     initialize_parameters(model, seed=3)

@@ -262,7 +262,7 @@ def copy_into_mini(model, mini):
     for ours, theirs in ((model.encoder, mini.encoder), (model.decoder, mini.decoder)):
         theirs.bias.table.data.copy_(ours.relative_attention_bias.weight)
         theirs.norm.weight.data.copy_(ours.final_norm.weight)
-        for source, target in zip(ours.layers, theirs.layers, strict=True):
+        for source, target in zip(ours.layers.values(), theirs.layers, strict=True):
             norms = [module.weight for name, module in source.named_children() if name.endswith("norm")]
             for norm, weight in zip(target.norms, norms, strict=True):
                 norm.weight.data.copy_(weight)

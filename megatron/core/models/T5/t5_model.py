@@ -2,14 +2,13 @@
 
 Shapes: b batch, s encoder length, t decoder length, h hidden, n heads, V rows of the embedding (padded vocabulary).
 
-The model is a list of units: embedding, encoder layers, encoder norm, embedding again, decoder layers, decoder norm,
-head. The stacks take embedded hidden states and the decoder takes the encoder output explicitly, so that a stack can
-be cut between any two units.
+The model is a list of units (`t5_units`): embedding, encoder layers, encoder norm, embedding again, decoder layers,
+decoder norm, head. The stacks take embedded hidden states and the decoder takes the encoder output explicitly, so that
+a pipeline stage (`t5_stage`) can hold any run of units, under the same parameter names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.errors import UserError
+from megatron.core.models.T5.t5_units import Units
 from megatron.core.tensor_parallel import Embedding, Linear, TokenLoss, vocab_cross_entropy
 from megatron.core.transformer.attention_bias import causal_bias, effective_segments, masked_bias, visible_keys
 from megatron.core.transformer.initialization import matrix_init
@@ -45,10 +45,10 @@ class T5Output(NamedTuple):
 class T5Embedding(nn.Module):
     """Word embedding that encoder and decoder share, learned absolute positions if asked for, and dropout.
 
-    T5 v1.0 reads the same matrix a third time as the head.
+    T5 v1.0 reads the same matrix a third time as the head, for which no positions are needed.
     """
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, has_positions: bool) -> None:
         super().__init__()
         hidden = config.hidden_size
         self.dropout = config.hidden_dropout
@@ -56,7 +56,7 @@ class T5Embedding(nn.Module):
         init = matrix_init(config, 1.0)
         self.word_embeddings = Embedding(config.padded_vocab_size, hidden, axis="vocab", init=init)
         self.position_embeddings: Embedding | None = None
-        if config.position_embedding_type == "learned_absolute":
+        if has_positions and config.position_embedding_type == "learned_absolute":
             self.position_embeddings = Embedding(
                 config.max_position_embeddings, hidden, axis="positions", init=init, weight_decay=False
             )
@@ -91,17 +91,23 @@ class _Stack(nn.Module):
     """What both stacks share: layers, the final norm, the table of the relative position bias, recomputation."""
 
     def __init__(
-        self, config: ModelConfig, compute: ComputeConfig, layers: Iterable[nn.Module], *, bidirectional: bool
+        self,
+        config: ModelConfig,
+        compute: ComputeConfig,
+        layers: dict[str, nn.Module],
+        *,
+        bidirectional: bool,
+        has_final_norm: bool,
     ) -> None:
         super().__init__()
         self.config = config
         self.recompute = compute.recompute_granularity == "full"
         self.dropout = config.hidden_dropout
         self.relative_attention_bias: RelativePositionBias | None = None
-        if config.position_embedding_type == "relative":
+        if config.position_embedding_type == "relative" and layers:
             self.relative_attention_bias = RelativePositionBias(config, bidirectional=bidirectional)
-        self.layers = nn.ModuleList(layers)
-        self.final_norm = build_norm(config)
+        self.layers = nn.ModuleDict(layers)
+        self.final_norm = build_norm(config) if has_final_norm else None
 
     def rotary(self, hidden: Tensor) -> RotaryAngles | None:
         """Rotary angles for the positions of `hidden` `[b, s, h]`, or None when positions are not rotary."""
@@ -111,7 +117,7 @@ class _Stack(nn.Module):
 
     def run_layers(self, hidden: Tensor, *arguments: Any) -> Tensor:
         """All layers in turn, recomputing each in the backward pass if asked for; `[b, s, h]` to `[b, s, h]`."""
-        for layer in self.layers:
+        for layer in self.layers.values():
             if self.recompute and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, *arguments, use_reentrant=False)
             else:
@@ -119,16 +125,22 @@ class _Stack(nn.Module):
         return hidden
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Final norm and dropout."""
+        """Final norm and dropout, where they are part of this stack."""
+        if self.final_norm is None:
+            return hidden
         return F.dropout(self.final_norm(hidden), self.dropout, self.training)
 
 
 class T5Encoder(_Stack):
-    """Bidirectional stack."""
+    """Bidirectional stack, or the part of it that `units` names."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
-        layers = (EncoderLayer(config, compute) for _ in range(config.encoder_num_layers))
-        super().__init__(config, compute, layers, bidirectional=True)
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, units: range) -> None:
+        numbers = Units.of(config)
+        layers: dict[str, nn.Module] = {
+            str(i): EncoderLayer(config, compute) for i, unit in enumerate(numbers.encoder_layers) if unit in units
+        }
+        has_norm = numbers.encoder_norm in units
+        super().__init__(config, compute, layers, bidirectional=True, has_final_norm=has_norm)
 
     def forward(self, hidden: Tensor, *, mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """Embedded tokens `[b, s, h]` to the encoder output `[b, s, h]`.
@@ -147,16 +159,20 @@ class T5Encoder(_Stack):
 
 
 class T5Decoder(_Stack):
-    """Causal stack with cross-attention to the encoder output."""
+    """Causal stack with cross-attention to the encoder output, or the part of it that `units` names."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
-        layers = (DecoderLayer(config, compute) for _ in range(config.decoder_num_layers))
-        super().__init__(config, compute, layers, bidirectional=False)
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, units: range) -> None:
+        numbers = Units.of(config)
+        layers: dict[str, nn.Module] = {
+            str(i): DecoderLayer(config, compute) for i, unit in enumerate(numbers.decoder_layers) if unit in units
+        }
+        has_norm = numbers.decoder_norm in units
+        super().__init__(config, compute, layers, bidirectional=False, has_final_norm=has_norm)
 
     def forward(
         self,
         hidden: Tensor,
-        encoder_output: Tensor,
+        encoder_output: Tensor | None,
         *,
         mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
@@ -165,7 +181,8 @@ class T5Decoder(_Stack):
     ) -> Tensor:
         """Embedded tokens `[b, t, h]` and the encoder output `[b, s, h]` to the decoder output `[b, t, h]`.
 
-        `mask` and `segment_ids` `[b, t]` describe the decoder's tokens, the other two `[b, s]` the encoder's.
+        `mask` and `segment_ids` `[b, t]` describe the decoder's tokens, the other two `[b, s]` the encoder's. A part
+        without layers needs no encoder output.
         """
         if self.relative_attention_bias is not None:
             bias = self.relative_attention_bias(hidden.shape[1], hidden.dtype)
@@ -188,22 +205,38 @@ class T5Model(nn.Module):
         config: Architecture.
         compute: Dtype, attention backend, recomputation.
         z_loss_weight: Weight of the z-loss in `T5Output.loss`.
+        units: Units to build; all when not given. A stack without any of its units is empty, without parameters.
     """
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig | None = None, z_loss_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute: ComputeConfig | None = None,
+        z_loss_weight: float = 0.0,
+        units: range | None = None,
+    ) -> None:
         super().__init__()
         compute = ComputeConfig() if compute is None else compute
+        numbers = Units.of(config)
+        self.units = numbers.all if units is None else units
         self.config = config
         self.z_loss_weight = z_loss_weight
-        self.embedding = T5Embedding(config, compute)
-        self.encoder = T5Encoder(config, compute)
-        self.decoder = T5Decoder(config, compute)
-        hidden = config.hidden_size
-        self.logit_scale = hidden**-0.5 if config.scale_logits else 1.0
+        self.logit_scale = config.hidden_size**-0.5 if config.scale_logits else 1.0
+        tied, has_head = config.share_embeddings_and_output_weights, numbers.head in self.units
+        embeds = numbers.encoder_embedding in self.units or numbers.decoder_embedding in self.units
+        if embeds or (tied and has_head):
+            self.embedding = T5Embedding(config, compute, has_positions=embeds)
+        self.encoder = T5Encoder(config, compute, self.units)
+        self.decoder = T5Decoder(config, compute, self.units)
         self.lm_head: Linear | None = None
-        if not config.share_embeddings_and_output_weights:
-            init = matrix_init(config, hidden**-0.5, truncated=True)
-            self.lm_head = Linear(hidden, config.padded_vocab_size, axes=("vocab", "embed"), init=init)
+        if has_head and not tied:
+            init = matrix_init(config, config.hidden_size**-0.5, truncated=True)
+            self.lm_head = Linear(config.hidden_size, config.padded_vocab_size, axes=("vocab", "embed"), init=init)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers in the order in which they run."""
+        return [*self.encoder.layers.values(), *self.decoder.layers.values()]
 
     def encode(self, input_ids: Tensor, *, mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """Ids `[b, s]` to the encoder output `[b, s, h]`; the keywords are those of `T5Encoder.forward`."""

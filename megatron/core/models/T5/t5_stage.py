@@ -1,0 +1,73 @@
+"""A stage of a pipeline: a run of the model's units that takes what the stage before returned.
+
+Shapes: b batch, s encoder length, t decoder length, h hidden.
+
+Between encoder units a stage passes `(hidden,)`; from the encoder norm on `(encoder_output,)`; between decoder units
+`(hidden, encoder_output)` as long as a later decoder layer reads it. Every stage is given the whole batch: tokens are
+read where they are needed and never sent.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.models.T5.t5_units import Units
+from megatron.core.tensor_parallel import vocab_cross_entropy
+
+
+class T5Stage(T5Model):
+    """`T5Model` with the units of one stage, and the forward pass that a pipeline calls."""
+
+    def forward(  # type: ignore[override]  # the signature of a stage, not of the whole model
+        self,
+        *received: Tensor,
+        encoder_input_ids: Tensor,
+        decoder_input_ids: Tensor,
+        labels: Tensor,
+        encoder_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What the next stage needs, or from the last stage cross-entropy and z-loss, fp32 `[b, t]` each.
+
+        Args:
+            received: What the stage before returned; nothing for the first.
+            encoder_input_ids: `[b, s]`, any integer dtype.
+            decoder_input_ids: `[b, t]`.
+            labels: `[b, t]`; `IGNORED_LABEL` leaves a token out.
+            encoder_mask: bool `[b, s]`, True for real tokens; None when there is no padding.
+        """
+        units, numbers = self.units, Units.of(self.config)
+        encoder_output: Tensor | None
+        encoder_hidden, decoder_hidden = self._embed(encoder_input_ids, decoder_input_ids)
+        if units[0] <= numbers.encoder_norm:
+            hidden = received[0] if encoder_hidden is None else encoder_hidden
+            encoder_output = self.encoder(hidden, mask=encoder_mask)
+            if units[-1] <= numbers.encoder_norm:
+                return (encoder_output,)
+        elif units[0] == numbers.decoder_embedding:
+            encoder_output = received[0]
+        else:
+            decoder_hidden = received[0]
+            encoder_output = received[1] if len(received) > 1 else None
+        assert decoder_hidden is not None
+        if units[0] <= numbers.decoder_norm:
+            decoder_hidden = self.decoder(decoder_hidden, encoder_output, encoder_mask=encoder_mask)
+        if units[-1] < numbers.decoder_layers[-1]:
+            assert encoder_output is not None
+            # Returning a received tensor itself breaks the split backward of the zero-bubble schedules under FSDP2.
+            return decoder_hidden, encoder_output.clone()
+        if units[-1] < numbers.head:
+            return (decoder_hidden,)
+        losses = vocab_cross_entropy(self.logits(decoder_hidden), labels, self.z_loss_weight)
+        return losses.cross_entropy, losses.z_loss
+
+    def _embed(self, encoder_input_ids: Tensor, decoder_input_ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Embedded tokens of the encoder and of the decoder, None for what this stage does not embed."""
+        numbers = Units.of(self.config)
+        for_encoder = numbers.encoder_embedding in self.units
+        for_decoder = numbers.decoder_embedding in self.units
+        if not for_encoder and not for_decoder:
+            return None, None
+        ids = [encoder_input_ids] * for_encoder + [decoder_input_ids] * for_decoder
+        embedded = self.embedding(*ids)
+        return embedded[0] if for_encoder else None, embedded[-1] if for_decoder else None
