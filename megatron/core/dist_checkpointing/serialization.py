@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,7 +61,8 @@ def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], strict: bool =
     Args:
         path: Directory of one checkpoint.
         tensors: Tensors by global name; DTensors get the rows they hold.
-        strict: Require the same names on both sides; else names that only one side has are left alone.
+        strict: Require the same names on both sides (all ranks together: a pipeline rank has only its stages); else
+            names that only one side has are left alone.
 
     Raises:
         CheckpointError: A file is missing or damaged, or names, shapes or dtypes differ. After an error while reading,
@@ -70,9 +71,10 @@ def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], strict: bool =
     single = not dist.is_initialized() or dist.get_world_size() == 1
     reader: SafetensorsReader | None = None
     error: CheckpointError | None = None
+    everywhere = set(tensors) if single else _names_on_all(tensors)
     try:
         reader = SafetensorsReader(path)
-        tensors = _matching(path, tensors, reader.manifest["tensors"], strict)
+        tensors = _matching(path, tensors, everywhere, reader.manifest["tensors"], strict)
     except CheckpointError as raised:
         error = raised
     _raise_on_all(error, single)
@@ -107,13 +109,20 @@ def _raise_on_all(error: CheckpointError | None, single: bool) -> None:
             raise found
 
 
+def _names_on_all(names: Iterable[str]) -> set[str]:
+    """The names that any rank has."""
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, list(names))
+    return set().union(*gathered)
+
+
 def _matching(
-    path: Path, tensors: dict[str, torch.Tensor], stored: dict[str, Any], strict: bool
+    path: Path, tensors: dict[str, torch.Tensor], everywhere: set[str], stored: dict[str, Any], strict: bool
 ) -> dict[str, torch.Tensor]:
     """The tensors that the checkpoint holds, after comparing names, shapes and dtypes."""
     if strict:
         _refuse(path, "lacks", [name for name in tensors if name not in stored])
-        _refuse(path, "has unexpected", [name for name in stored if name not in tensors])
+        _refuse(path, "has unexpected", [name for name in stored if name not in everywhere])
     common = {name: tensor for name, tensor in tensors.items() if name in stored}
     differing = []
     for name, tensor in common.items():
