@@ -155,17 +155,21 @@ def shard_parameters(model: nn.Module, mesh: DeviceMesh, sharded_axes: Collectio
             setattr(module, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
+def sharded_axes(parameter: torch.Tensor) -> tuple[str, ...]:
+    """Names of the mesh axes over which `parameter` is divided (not replicated)."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    names = parameter.device_mesh.mesh_dim_names
+    assert names is not None
+    return tuple(n for n, placement in zip(names, parameter.placements, strict=True) if not placement.is_replicate())
+
+
 def counted_here(parameter: torch.Tensor, context: ParallelContext) -> bool:
     """Whether this rank's part of `parameter` is the one to count among its data- and tensor-parallel replicas.
 
     A rank counts what it holds a shard of; of replicas, the one of rank 0 of the replicating axis counts.
     """
-    axes: tuple[str, ...] = ()
-    if isinstance(parameter, DTensor):
-        names = parameter.device_mesh.mesh_dim_names or ()
-        axes = tuple(
-            n for n, placement in zip(names, parameter.placements, strict=True) if not placement.is_replicate()
-        )
+    axes = sharded_axes(parameter)
     return ("dp" in axes or context.dp_rank == 0) and ("tp" in axes or context.tp_rank == 0)
 
 

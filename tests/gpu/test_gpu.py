@@ -11,7 +11,7 @@ from megatron.core.config import ComputeConfig, ModelConfig, OptimizerConfig
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.optimizer import build_optimizer
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import initialize_parameters
+from megatron.core.parameters import initialize_parameters, model_parameters
 from megatron.training.arguments import parse_args
 from megatron.training.training import pretrain_in
 from tests.training.test_pretrain import ROOT, TINY, rows
@@ -64,9 +64,8 @@ def test_optimizers_step_as_on_the_cpu(optimizer: str) -> None:
     after = []
     for device in ("cpu", "cuda"):
         model = build(device, ComputeConfig())
-        stepper = build_optimizer(
-            OptimizerConfig(optimizer=optimizer), model, ParallelContext(device=torch.device(device))
-        )  # type: ignore[arg-type]
+        config = OptimizerConfig(optimizer=optimizer)  # type: ignore[arg-type]
+        stepper = build_optimizer(config, model_parameters([model]), ParallelContext(device=torch.device(device)))
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             for parameter in model.parameters():

@@ -1,6 +1,15 @@
 """Data parallelism, gradient norm and clipping."""
 
-from megatron.core.distributed.data_parallel import DataParallel, ShardingStrategy
-from megatron.core.distributed.gradients import clip_gradients_, global_grad_norm
+from megatron.core.distributed.data_parallel import DataParallel, ShardingStrategy, default_sharding_strategy
+from megatron.core.distributed.flat_all_reduce import all_reduce_gradients_
+from megatron.core.distributed.gradients import clip_gradients_, global_grad_norm, sum_replicated_gradients_
 
-__all__ = ["DataParallel", "ShardingStrategy", "clip_gradients_", "global_grad_norm"]
+__all__ = [
+    "DataParallel",
+    "ShardingStrategy",
+    "all_reduce_gradients_",
+    "clip_gradients_",
+    "default_sharding_strategy",
+    "global_grad_norm",
+    "sum_replicated_gradients_",
+]

@@ -1,35 +1,55 @@
-"""Norm of all gradients and clipping, counted once over all ranks."""
+"""Gradients of a step, after the data-parallel sum: replicas under sequence parallelism, the norm, clipping."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch.distributed import all_reduce
-from torch.distributed.tensor import DTensor
 
+from megatron.core.distributed.flat_all_reduce import all_reduce_gradients_
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import local_tensor
+from megatron.core.parameters import ModelParameter, counted_here, local_tensor, sharded_axes
 
 CLIP_EPSILON = 1e-6  # as in Megatron-LM and torch
 
 
-@torch.no_grad()
-def global_grad_norm(parameters: Iterable[torch.Tensor], context: ParallelContext) -> torch.Tensor:
-    """Euclidean norm of the gradients of all `parameters` on all ranks: 0-dimensional float64, the same on every rank.
+def sum_replicated_gradients_(parameters: Sequence[ModelParameter], context: ParallelContext) -> None:
+    """Sum the gradients of tensor-parallel replicas over tp, in one all-reduce: what sequence parallelism needs.
 
-    Sharded gradients are summed over the data-parallel ranks with one all-reduce; replicated ones count once.
-    Parameters without a gradient count as zero. Non-finite gradients give a non-finite norm.
+    Each tensor-parallel rank has seen a part of the sequence only, and so have its norm weights, row biases and
+    position tables. Without sequence parallelism their gradients are whole on every rank; then do not call it.
     """
-    sharded: list[torch.Tensor] = []
-    replicated: list[torch.Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is not None:
-            (sharded if isinstance(parameter.grad, DTensor) else replicated).append(local_tensor(parameter.grad))
-    total = _sum_of_squares(sharded, context.device)
-    if context.dp_size > 1 and sharded:
-        all_reduce(total, group=context.dp_group)
-    return (total + _sum_of_squares(replicated, context.device)).sqrt()
+    replicated = [p.parameter for p in parameters if "tp" not in sharded_axes(p.parameter)]
+    all_reduce_gradients_(replicated, context.tp_group)
+
+
+@torch.no_grad()
+def global_grad_norm(
+    parameters: Sequence[ModelParameter], context: ParallelContext, loss_scale: float = 1.0
+) -> torch.Tensor:
+    """Euclidean norm of the gradients of the whole model: 0-dimensional float64, the same bits on every rank.
+
+    One all-reduce over all ranks; a shard counts where it lies, replicas and copies of shared parameters count once.
+    Parameters without a gradient count as zero. A gradient that is not finite, on any rank and even where it does not
+    count, gives a norm that is not finite.
+
+    Args:
+        parameters: What this rank holds.
+        context: The layout.
+        loss_scale: Factor by which the gradients are too large; the norm is that of the gradients without it.
+    """
+    counted: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
+    for p in parameters:
+        if p.parameter.grad is not None:
+            counts = counted_here(p.parameter, context) and not p.is_copy
+            (counted if counts else others).append(local_tensor(p.parameter.grad))
+    total = _sum_of_squares(counted, context.device)
+    if context.world_size > 1:
+        total += 0.0 * _sum_of_squares(others, context.device)  # zero, or nan when something is not finite
+        all_reduce(total)
+    return total.sqrt() / loss_scale
 
 
 def _sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -39,13 +59,26 @@ def _sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.
 
 
 @torch.no_grad()
-def clip_gradients_(parameters: Iterable[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
-    """Scale all gradients in place by `max_norm / norm` if `norm`, of `global_grad_norm`, is larger than `max_norm`.
+def clip_gradients_(
+    parameters: Sequence[ModelParameter], norm: torch.Tensor, max_norm: float, loss_scale: float = 1.0
+) -> None:
+    """Take the loss scale out of all gradients and clip them to `max_norm`, in one multiplication in place.
 
     Without a copy to the host when the gradients are on a GPU. A non-finite norm must have been dealt with before.
+
+    Args:
+        parameters: What this rank holds.
+        norm: Of the gradients without the loss scale, as `global_grad_norm` returns it.
+        max_norm: The gradients are scaled to it when `norm` is larger; 0 leaves them as they are.
+        loss_scale: Factor by which the gradients are too large.
     """
-    if norm.device.type == "cpu" and norm <= max_norm:
+    clips = max_norm > 0 and (norm.device.type != "cpu" or bool(norm > max_norm))
+    if not clips and loss_scale == 1.0:
         return
-    gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    coefficient = (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+    gradients = [local_tensor(p.parameter.grad) for p in parameters if p.parameter.grad is not None]
+    if not gradients:
+        return
+    coefficient = torch.full_like(norm, 1.0 / loss_scale)
+    if clips:
+        coefficient *= (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
     torch._foreach_mul_(gradients, coefficient.to(gradients[0].dtype))

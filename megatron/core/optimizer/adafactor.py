@@ -1,20 +1,21 @@
 """Adafactor (Shazeer and Stern) as T5X configures it: no momentum, factored second moments, relative step sizes.
 
 Legend: m logical matrices of one parameter, n of the model, r_i granules of rows (see logical_matrices.py), g rows of a
-granule, c columns (all dimensions but the first).
+granule, rows and c columns (all dimensions but the first) of the whole parameter, rows' and c' of this rank's part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from megatron.core.config import OptimizerConfig
-from megatron.core.optimizer.base import Optimizer
+from megatron.core.optimizer.base import Optimizer, Synchronize
 from megatron.core.optimizer.logical_matrices import LogicalMatrices
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import local_tensor
+from megatron.core.parameters import ModelParameter, local_tensor
 
 EPS_GRADIENT = 1e-30  # added to the squared gradient
 EPS_PARAMETER = 1e-3  # least RMS by which a step is multiplied
@@ -25,27 +26,32 @@ MIN_FACTORED_SIZE = 128  # a matrix with a smaller dimension keeps the whole sec
 class Adafactor(Optimizer):
     """Adafactor whose row and column factors, clipping and scaling are those of each logical matrix.
 
-    At step t the second moment decays by `1 - t**-adafactor_decay_rate`. Two all-reduces a step: column sums together
-    with the parameters' sums of squares, and the updates' sums of squares.
+    At step t the second moment decays by `1 - t**-adafactor_decay_rate`. Two all-reduces a step: column sums (and row
+    sums, where columns are divided) together with the parameters' sums of squares, and the updates' sums of squares.
     """
 
-    def __init__(self, config: OptimizerConfig, model: nn.Module, context: ParallelContext) -> None:
-        super().__init__(model, context)
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Sequence[ModelParameter],
+        context: ParallelContext,
+        synchronize: Synchronize | None = None,
+    ) -> None:
+        super().__init__(parameters, context, synchronize)
         self.decay_rate = config.adafactor_decay_rate
-        self.matrices = LogicalMatrices(self.parameters, self.specs, context.dp_group)
+        self.matrices = LogicalMatrices(self)
         # On the CPU: the decay is computed from it on the host.
         self.step_count = torch.zeros((), dtype=torch.float32)
-        self.row_moment: dict[int, torch.Tensor] = {}  # [rows], sharded like the parameter
+        self.row_moment: dict[int, torch.Tensor] = {}  # [rows], divided as the parameter's rows are
         self.column_moment: dict[int, torch.Tensor] = {}  # [m, c], replicated
         self.full_moment: dict[int, torch.Tensor] = {}  # like the parameter
         self.granules: dict[int, list[torch.Tensor]] = {}  # of each factored parameter, those of each logical matrix
         self.full: list[int] = []
         self.factored: list[int] = []
         for index, parameter in enumerate(self.parameters):
-            rows = parameter.shape[0] // len(self.specs[index].matrices)
-            if parameter.ndim == 2 and min(rows, parameter.shape[1]) >= MIN_FACTORED_SIZE:
+            if parameter.ndim == 2 and min(self.matrices.rows[index], parameter.shape[1]) >= MIN_FACTORED_SIZE:
                 self.factored.append(index)
-                matrices = len(self.specs[index].matrices)
+                matrices = self.matrices.counts[index]
                 self.row_moment[index] = _zero_row_moment(parameter)
                 self.column_moment[index] = local_tensor(parameter.detach()).new_zeros(matrices, parameter.shape[1])
                 granule_matrix = self.matrices.granule_matrix[index]
@@ -66,8 +72,8 @@ class Adafactor(Optimizer):
             gradients[index].mul_(local_tensor(self.full_moment[index]).rsqrt())
         for index in self.factored:
             self._divide_by_factors(index, gradients[index])
-        sums = self.matrices.all_reduce(self.matrices.local_sums_of_squares(updates))
-        scales = rms.clamp_(min=EPS_PARAMETER) / (self.matrices.rms(sums) / CLIP_THRESHOLD).clamp_(min=1.0)
+        update_rms = self.matrices.rms(self.matrices.sums_of_squares(updates))
+        scales = rms.clamp_(min=EPS_PARAMETER) / (update_rms / CLIP_THRESHOLD).clamp_(min=1.0)
         scale_rows = self.matrices.per_granule(scales, parameters[0].dtype)
         torch._foreach_addcmul_(views, updates, scale_rows, value=-lr)
 
@@ -76,60 +82,82 @@ class Adafactor(Optimizer):
         for index in self.full:
             moment = local_tensor(self.full_moment[index])
             moment.lerp_(gradients[index].square().add_(EPS_GRADIENT), 1.0 - beta2)
-        column_sums = []
+        columns: dict[int, torch.Tensor] = {}
+        rows: dict[int, torch.Tensor] = {}
         for index in self.factored:
-            squares = gradients[index].square().add_(EPS_GRADIENT)
-            local_tensor(self.row_moment[index]).lerp_(squares.mean(1), 1.0 - beta2)
-            column_sums.append(self._column_sums(index, squares))
-        parameter_sums = self.matrices.local_sums_of_squares(views)
-        parts = [parameter_sums, *[part.double().flatten() for part in column_sums]]
-        reduced = self.matrices.all_reduce(torch.cat(parts)).split([part.numel() for part in parts])
-        for index, columns in zip(self.factored, reduced[1:], strict=True):
+            squares = gradients[index].square().add_(EPS_GRADIENT)  # [rows', c']
+            columns[index] = self._column_sums(index, squares)
+            if squares.shape[1] == self.parameters[index].shape[1]:
+                local_tensor(self.row_moment[index]).lerp_(squares.mean(1), 1.0 - beta2)
+            else:
+                rows[index] = self._row_sums(index, squares)
+        own = self.matrices.local_sums_of_squares(views)  # [n]
+        parts = [*own.split(self.matrices.counts), *columns.values(), *rows.values()]
+        sizes = [part.numel() for part in parts]
+        sums = torch.cat([part.flatten() for part in parts])
+        indices = [*range(len(self.parameters)), *columns, *rows]
+        totals = self.sum_over_ranks(sums, indices, sizes)[own.numel() :].split(sizes[len(self.parameters) :])
+        for index, total in zip(columns, totals[: len(columns)], strict=True):
             moment = self.column_moment[index]
-            rows = self.parameters[index].shape[0] // len(self.specs[index].matrices)
-            moment.lerp_(columns.view_as(moment).div(rows).to(moment.dtype), 1.0 - beta2)
-        return self.matrices.rms(reduced[0])
+            moment.lerp_(total.view_as(moment).div(self.matrices.rows[index]).to(moment.dtype), 1.0 - beta2)
+        for index, total in zip(rows, totals[len(columns) :], strict=True):
+            moment = local_tensor(self.row_moment[index])
+            mean = total.narrow(0, *self.matrices.slices[index][0]) / self.parameters[index].shape[1]
+            moment.lerp_(mean.to(moment.dtype), 1.0 - beta2)
+        return self.matrices.rms(sums[: own.numel()])
 
     def _column_sums(self, index: int, squares: torch.Tensor) -> torch.Tensor:
-        """Sum over this rank's rows of each logical matrix: `[rows, c]` -> `[m, c]`."""
-        granules = squares.view(self.matrices.shapes[index]).sum(1)  # [r_i, c]
+        """This rank's share of the sums over the rows of each logical matrix: `[rows', c']` to float64 `[m, c]`."""
         of_matrix = self.granules[index]
         if len(of_matrix) == 1:
-            return granules.sum(0, keepdim=True)
-        return torch.stack([granules[chosen].sum(0) for chosen in of_matrix])
+            start, count = self.matrices.slices[index][0]
+            sums = squares[: max(0, min(count, self.matrices.rows[index] - start))].sum(0, keepdim=True)
+        else:
+            granules = squares.view(self.matrices.shapes[index]).sum(1)  # [r_i, c']
+            sums = torch.stack([granules[chosen].sum(0) for chosen in of_matrix])
+        return self._placed(index, sums, 1)  # [m, c]
+
+    def _row_sums(self, index: int, squares: torch.Tensor) -> torch.Tensor:
+        """This rank's share of the sums over all columns: `[rows', c']` to float64 `[rows]`."""
+        return self._placed(index, squares.sum(1), 0)
+
+    def _placed(self, index: int, sums: torch.Tensor, dim: int) -> torch.Tensor:
+        """`sums` at this rank's place along `dim` of the parameter, zeros elsewhere; all zeros without contribution."""
+        parameter = self.parameters[index]
+        start, count = self.matrices.slices[index][dim]
+        if self.contributes[index] and count == parameter.shape[dim]:
+            return sums.double()
+        whole = sums.new_zeros(*sums.shape[:-1], parameter.shape[dim], dtype=torch.float64)
+        if self.contributes[index]:
+            whole.narrow(-1, start, count).copy_(sums)
+        return whole
 
     def _divide_by_factors(self, index: int, gradient: torch.Tensor) -> None:
         """Divide `gradient` in place by the root of the factored second moment, `row x column / mean`."""
         columns = self.column_moment[index]
-        # Both moments average the same squares, so the mean of the columns is that of the rows, which are sharded.
+        # Both moments average the same squares, so the mean of the columns is that of the rows, which can be divided.
         mean = columns.mean(1)  # [m]
         matrix = self.matrices.granule_matrix[index]  # [r_i]
         granules, rows, _ = self.matrices.shapes[index]
         row_moment = local_tensor(self.row_moment[index]).view(granules, rows, 1)
         row_factor = (row_moment / mean[matrix].view(-1, 1, 1)).rsqrt()  # [r_i, g, 1]
-        column_factor = columns.rsqrt()[matrix].unsqueeze(1)  # [r_i, 1, c]
+        columns = columns.narrow(1, *self.matrices.slices[index][1])
+        column_factor = columns.rsqrt()[matrix].unsqueeze(1)  # [r_i, 1, c']
         gradient.view(self.matrices.shapes[index]).mul_(row_factor).mul_(column_factor)
 
-    def named_state(self) -> dict[str, torch.Tensor]:
-        """Moments by parameter, and the step count."""
-        state = {"optimizer/step": self.step_count}
-        kinds = {"row_moment": self.row_moment, "column_moment": self.column_moment, "full_moment": self.full_moment}
-        for kind, moments in kinds.items():
-            state.update({f"optimizer/{kind}/{self.names[index]}": moment for index, moment in moments.items()})
-        return state
+    def parameter_state(self, index: int) -> dict[str, torch.Tensor]:
+        """The moments of rows and of columns, or the whole second moment."""
+        if index in self.full_moment:
+            return {"full_moment": self.full_moment[index]}
+        return {"row_moment": self.row_moment[index], "column_moment": self.column_moment[index]}
 
 
 def _zero_row_moment(parameter: torch.Tensor) -> torch.Tensor:
-    """Zeros `[rows]`, sharded like dimension 0 of `parameter`."""
+    """Zeros `[rows]`, placed like dimension 0 of `parameter`; replicated over the axes that divide its columns."""
     local = local_tensor(parameter.detach())
     zeros = local.new_zeros(local.shape[0])
     if not isinstance(parameter, DTensor):
         return zeros
-    return DTensor.from_local(
-        zeros,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=torch.Size((parameter.shape[0],)),
-        stride=(1,),
-    )
+    placements = [Replicate() if placement.is_shard(1) else placement for placement in parameter.placements]
+    size = torch.Size((parameter.shape[0],))
+    return DTensor.from_local(zeros, parameter.device_mesh, placements, run_check=False, shape=size, stride=(1,))

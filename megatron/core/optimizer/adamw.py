@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
 
 from megatron.core.config import OptimizerConfig
-from megatron.core.optimizer.base import Optimizer
+from megatron.core.optimizer.base import Optimizer, Synchronize
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import local_tensor
+from megatron.core.parameters import ModelParameter, local_tensor
 
 
 class AdamW(Optimizer):
     """AdamW: bias-corrected moments, decoupled weight decay where the parameter's spec asks for it."""
 
-    def __init__(self, config: OptimizerConfig, model: nn.Module, context: ParallelContext) -> None:
-        super().__init__(model, context)
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Sequence[ModelParameter],
+        context: ParallelContext,
+        synchronize: Synchronize | None = None,
+    ) -> None:
+        super().__init__(parameters, context, synchronize)
         self.config = config
         self.exp_avg = [torch.zeros_like(parameter).detach() for parameter in self.parameters]
         self.exp_avg_sq = [torch.zeros_like(parameter).detach() for parameter in self.parameters]
@@ -57,10 +64,6 @@ class AdamW(Optimizer):
             maximize=False,
         )
 
-    def named_state(self) -> dict[str, torch.Tensor]:
-        """`optimizer/exp_avg/*`, `optimizer/exp_avg_sq/*` and the step count."""
-        state = {"optimizer/step": self.step_count}
-        for name, exp_avg, exp_avg_sq in zip(self.names, self.exp_avg, self.exp_avg_sq, strict=True):
-            state[f"optimizer/exp_avg/{name}"] = exp_avg
-            state[f"optimizer/exp_avg_sq/{name}"] = exp_avg_sq
-        return state
+    def parameter_state(self, index: int) -> dict[str, torch.Tensor]:
+        """Both moments."""
+        return {"exp_avg": self.exp_avg[index], "exp_avg_sq": self.exp_avg_sq[index]}

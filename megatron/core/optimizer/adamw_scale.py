@@ -6,13 +6,16 @@ T5's initial matrices differ in scale by orders of magnitude (the embedding has 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
 
 from megatron.core.config import OptimizerConfig
 from megatron.core.optimizer.adamw import AdamW
+from megatron.core.optimizer.base import Synchronize
 from megatron.core.optimizer.logical_matrices import LogicalMatrices
 from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import ModelParameter
 
 MIN_RMS = 1e-3
 # Updates are made in buckets of at most this size, or that of the largest parameter: the buffer that holds them stays
@@ -26,9 +29,15 @@ class AdamWScale(AdamW):
     The moments, the bias correction and the place of eps are torch's AdamW's.
     """
 
-    def __init__(self, config: OptimizerConfig, model: nn.Module, context: ParallelContext) -> None:
-        super().__init__(config, model, context)
-        self.matrices = LogicalMatrices(self.parameters, self.specs, context.dp_group)
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Sequence[ModelParameter],
+        context: ParallelContext,
+        synchronize: Synchronize | None = None,
+    ) -> None:
+        super().__init__(config, parameters, context, synchronize)
+        self.matrices = LogicalMatrices(self)
         self.buckets = self._make_buckets()
         sizes = [sum(self.local_exp_avg[i].numel() for i in bucket) for bucket in self.buckets]
         self.buffer = self.local_exp_avg[0].new_empty(max(sizes, default=0))
@@ -53,7 +62,7 @@ class AdamWScale(AdamW):
         self.step_count += 1
         parameters, gradients = self.local_parameters(), self.local_gradients()
         views = self.matrices.views(parameters)
-        sums = self.matrices.all_reduce(self.matrices.local_sums_of_squares(views))
+        sums = self.matrices.sums_of_squares(views)
         scales = self.matrices.per_granule(self.matrices.rms(sums).clamp_(min=MIN_RMS), parameters[0].dtype)
         if self.config.weight_decay:
             decayed = [parameters[i] for i in self.held if self.specs[i].weight_decay]

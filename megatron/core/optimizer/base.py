@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
+from torch.distributed import all_reduce
 
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import ModelParameter, ParamSpec, local_tensor
+from megatron.core.parameters import ModelParameter, ParamSpec, local_tensor, sharded_axes
 
 # Replaces each tensor, in place, by the one that the owner of the shared parameter of that name has. The names are
 # sorted, so that the ranks that hold copies meet in the same order; every rank calls it equally often in a step.
@@ -35,6 +36,8 @@ class Optimizer(ABC):
         specs: What each parameter is.
         shared: Whether each parameter has copies, here or on other pipeline ranks.
         is_copy: Whether a lower stage holds each parameter too.
+        sharding_group: Ranks over which any parameter is divided, or None.
+        contributes: Whether this rank's part of each parameter goes into sums over that group.
         copies: (index, index of the first parameter of the same name) of the further ones on this rank.
         step_count: Number of updates so far, 0-dimensional float32.
     """
@@ -53,6 +56,12 @@ class Optimizer(ABC):
         self.copies = [(index, first[name]) for index, name in enumerate(self.names) if first[name] != index]
         self.context = context
         self.synchronize = synchronize
+        axes = [sharded_axes(parameter) for parameter in self.parameters]
+        over_dp, over_tp = any("dp" in a for a in axes), any("tp" in a for a in axes)
+        self.sharding_group = context.sharding_group(over_dp=over_dp, over_tp=over_tp)
+        # Of the replicas of a parameter within that group, one contributes to a sum.
+        counts_dp, counts_tp = not over_dp or context.dp_rank == 0, not over_tp or context.tp_rank == 0
+        self.contributes = [("dp" in a or counts_dp) and ("tp" in a or counts_tp) for a in axes]
 
     @abstractmethod
     def step(self, lr: float) -> None:
@@ -62,12 +71,42 @@ class Optimizer(ABC):
     def parameter_state(self, index: int) -> dict[str, torch.Tensor]:
         """State tensors of one parameter by kind (`exp_avg`), placed like the parameter."""
 
-    def named_state(self) -> dict[str, torch.Tensor]:
-        """The step count and all state tensors by checkpoint name, `optimizer/<kind>/<parameter>`."""
+    def sum_over_ranks(self, sums: torch.Tensor, indices: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Add shares of sums over whole parameters, in place and in one all-reduce; the same bits wherever they end.
+
+        Args:
+            sums: This rank's shares, float64; zero for parameters to which it does not contribute.
+            indices: Parameter of each piece of `sums`.
+            sizes: Length of each piece.
+        """
+        if self.sharding_group is not None:
+            all_reduce(sums, group=self.sharding_group)
+        if not any(self.shared):
+            return sums
+        # The order of a summation can depend on the place in the buffer: copies take the owner's totals.
+        pieces: dict[int, list[torch.Tensor]] = {}
+        for index, piece in zip(indices, sums.split(list(sizes)), strict=True):
+            if self.shared[index]:
+                pieces.setdefault(index, []).append(piece)
+        first = dict(self.copies)
+        totals = {self.names[i]: torch.cat(pieces[i]) for i in pieces if i not in first}
+        if self.synchronize is not None:
+            self.synchronize(dict(sorted(totals.items())))
+        for index, parts in pieces.items():
+            total = totals[self.names[index]]
+            for part, value in zip(parts, total.split([p.numel() for p in parts]), strict=True):
+                part.copy_(value)
+        return sums
+
+    def named_state(self, owned_only: bool = False) -> dict[str, torch.Tensor]:
+        """The step count and all state tensors by checkpoint name, `optimizer/<kind>/<parameter>`.
+
+        `owned_only` leaves out what other ranks own, which is what a checkpoint is to hold.
+        """
         state = {"optimizer/step": self.step_count}
         further = {index for index, _ in self.copies}
         for index, name in enumerate(self.names):
-            if index not in further:
+            if index not in further and not (owned_only and self.is_copy[index]):
                 named = self.parameter_state(index).items()
                 state.update({f"optimizer/{kind}/{name}": tensor for kind, tensor in named})
         return state

@@ -13,52 +13,54 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.distributed import ProcessGroup, all_reduce
-from torch.distributed.tensor import DTensor
 
-from megatron.core.parameters import ParamSpec, local_rows, local_tensor
+from megatron.core.optimizer.base import Optimizer
+from megatron.core.parameters import local_slice, local_tensor
 
 
 class LogicalMatrices:
-    """Index from the local rows of the parameters to the logical matrices of the model.
-
-    Args:
-        parameters: Plain tensors (replicated on all ranks) or DTensors sharded along dimension 0; not a mixture.
-        specs: What each parameter is.
-        group: Ranks over which the parameters are sharded.
+    """Index from the local rows of an optimizer's parameters to the logical matrices of the model.
 
     Attributes:
+        counts: Logical matrices of each parameter.
+        slices: Of each parameter and dimension, the first index and the number of indices that this rank holds.
         shapes: Of each parameter, its local shape as `(granules, rows of a granule, rest of the elements of a row)`.
         granule_matrix: Of each parameter, the logical matrix (counted in it) of its granules, int64 `[r_i]`.
-        numel: Elements of each logical matrix on all ranks, float64 `[n]`.
+        rows: Of each parameter, the rows of one of its logical matrices on all ranks, without padding.
+        numel: Elements of each logical matrix on all ranks, without padding, float64 `[n]`.
     """
 
-    def __init__(
-        self, parameters: Sequence[torch.Tensor], specs: Sequence[ParamSpec], group: ProcessGroup | None
-    ) -> None:
-        sharded = {isinstance(parameter, DTensor) for parameter in parameters}
-        assert len(sharded) == 1, "parameters must be all sharded or all replicated"
-        self.group = group if sharded.pop() else None
-        device = local_tensor(parameters[0]).device
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        device = local_tensor(optimizer.parameters[0]).device
+        self.counts = [len(spec.matrices) for spec in optimizer.specs]
+        self.slices = [[local_slice(p, dim) for dim in range(p.ndim)] for p in optimizer.parameters]
         self.shapes: list[tuple[int, int, int]] = []
         self.granule_matrix: list[torch.Tensor] = []
+        self.rows: list[int] = []
         numel: list[float] = []
-        matrix_of_all = []
-        for parameter, spec in zip(parameters, specs, strict=True):
+        matrix_of_all, contributes = [], []
+        for index, (parameter, spec) in enumerate(zip(optimizer.parameters, optimizer.specs, strict=True)):
             rows, matrices = parameter.shape[0], len(spec.matrices)
             assert rows % (spec.block * matrices) == 0 or matrices == 1, (parameter.shape, spec)
-            start, count = local_rows(parameter)
+            assert spec.valid_rows is None or matrices == 1, spec
+            start, count = self.slices[index][0]
             granule = max(1, count if matrices == 1 else math.gcd(spec.block, start, count))
-            self.shapes.append((count // granule, granule, parameter.shape[1:].numel()))
+            self.shapes.append((count // granule, granule, local_tensor(parameter).shape[1:].numel()))
             first_rows = spec.matrix_of_rows(start, count, device)[::granule]
             self.granule_matrix.append(first_rows)
             matrix_of_all.append(first_rows + len(numel))
-            numel += [parameter.numel() / matrices] * matrices
+            contributes.append(torch.full_like(first_rows, optimizer.contributes[index], dtype=torch.bool))
+            self.rows.append((rows if spec.valid_rows is None else spec.valid_rows) // matrices)
+            numel += [self.rows[-1] * parameter.shape[1:].numel()] * matrices
         self.numel = torch.tensor(numel, dtype=torch.float64, device=device)
         self.matrix_of_granule = torch.cat(matrix_of_all)  # [r]
-        # Granules sorted by matrix: a segmented sum is deterministic, adding into an index on a GPU is not.
-        self.order = torch.argsort(self.matrix_of_granule, stable=True)
-        self.lengths = torch.bincount(self.matrix_of_granule, minlength=len(numel))
+        # Granules that contribute, sorted by matrix: a segmented sum is deterministic, adding into an index on a GPU is
+        # not.
+        chosen = torch.cat(contributes).nonzero().squeeze(1)
+        matrix_of_chosen = self.matrix_of_granule[chosen]
+        self.order = chosen[torch.argsort(matrix_of_chosen, stable=True)]
+        self.lengths = torch.bincount(matrix_of_chosen, minlength=len(numel))
 
     def views(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Each local tensor, viewed as one row a granule: `[r_i, elements of a granule]`."""
@@ -69,11 +71,9 @@ class LogicalMatrices:
         norms = torch.cat([torch.linalg.vector_norm(view, dim=1) for view in views])  # [r]
         return torch.segment_reduce(norms.double().square()[self.order], "sum", lengths=self.lengths, unsafe=True)
 
-    def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
-        """Add `sums` over the ranks that hold shards, in place."""
-        if self.group is not None:
-            all_reduce(sums, group=self.group)
-        return sums
+    def sums_of_squares(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sum of squares of each logical matrix over all ranks: float64 `[n]`."""
+        return self.optimizer.sum_over_ranks(self.local_sums_of_squares(views), range(len(self.counts)), self.counts)
 
     def rms(self, sums_of_squares: torch.Tensor) -> torch.Tensor:
         """Root mean square of each logical matrix from its sum of squares on all ranks: float64 `[n]`."""

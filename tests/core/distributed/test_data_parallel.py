@@ -12,7 +12,7 @@ from megatron.core.distributed import DataParallel, clip_gradients_, global_grad
 from megatron.core.distributed.data_parallel import group_blocks
 from megatron.core.optimizer import build_optimizer
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import Init, ParamSpec, initialize_parameters
+from megatron.core.parameters import Init, ModelParameter, ParamSpec, initialize_parameters, model_parameters
 from tests.distributed import run_distributed
 
 CPU = ParallelContext(torch.device("cpu"))
@@ -54,7 +54,8 @@ def train(context, strategy, microbatches, bf16=False):
     parallel = DataParallel(model, context, ComputeConfig(bf16=bf16), model.layers, strategy)
     model.to_empty(device="cpu")
     initialize_parameters(model, seed=1)
-    optimizer = build_optimizer(OptimizerConfig(optimizer="adamw-scale", weight_decay=0.1), model, context)
+    parameters = model_parameters([model])
+    optimizer = build_optimizer(OptimizerConfig(optimizer="adamw-scale", weight_decay=0.1), parameters, context)
     losses, norms = [], []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
@@ -71,9 +72,9 @@ def train(context, strategy, microbatches, bf16=False):
         parallel.reduce_gradients()
         if context.dp_size > 1:
             torch.distributed.all_reduce(total)
-        norm = global_grad_norm(optimizer.parameters, context)
-        clip_gradients_(optimizer.parameters, norm, 1.0)
-        clipped = global_grad_norm(optimizer.parameters, context).item()
+        norm = global_grad_norm(parameters, context)
+        clip_gradients_(parameters, norm, 1.0)
+        clipped = global_grad_norm(parameters, context).item()
         assert clipped == pytest.approx(min(norm.item(), 1.0), rel=1e-5)
         optimizer.step(0.05)
         optimizer.zero_grad()
@@ -83,12 +84,12 @@ def train(context, strategy, microbatches, bf16=False):
         model(
             batch.bfloat16() if bf16 else batch
         )  # the parameters must stay whole shards after a forward without backward
-    parameters = {
+    values = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
         for name, p in zip(optimizer.names, optimizer.parameters, strict=True)
     }
     sharded = all(isinstance(p, DTensor) for p in optimizer.parameters)
-    return losses, norms, parameters, sharded
+    return losses, norms, values, sharded
 
 
 def _rank(rank, strategy, microbatches, bf16=False):
@@ -118,24 +119,43 @@ def test_bf16_shards_keep_fp32_masters():
             torch.testing.assert_close(other_parameters[name], value, rtol=0.1, atol=0.05)
 
 
-def test_norm_of_plain_gradients():
-    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
-    parameters[0].grad = torch.tensor([1.0, 2.0, 2.0])
-    parameters[1].grad = torch.full((2, 2), 2.0)
+def with_gradients(*gradients, is_copy=False):
+    """Parameters that have these gradients."""
+    found = []
+    for gradient in gradients:
+        spec = ParamSpec(("x",) * gradient.ndim, Init("constant", (0.0,)))
+        found.append(ModelParameter("p", nn.Parameter(torch.zeros_like(gradient)), spec, is_copy=is_copy))
+        found[-1].parameter.grad = gradient
+    return found
+
+
+def test_norm_and_clipping_of_plain_gradients():
+    parameters = with_gradients(torch.tensor([1.0, 2.0, 2.0]), torch.full((2, 2), 2.0))
+    parameters += with_gradients(torch.full((9,), 7.0), is_copy=True)  # counted where its owner is
     norm = global_grad_norm(parameters, CPU)
     assert norm.item() == 5.0
+    first, copy = parameters[0].parameter, parameters[2].parameter
     clip_gradients_(parameters, norm, 10.0)
-    assert parameters[0].grad.tolist() == [1.0, 2.0, 2.0]
+    clip_gradients_(parameters, norm, 0.0)
+    assert first.grad.tolist() == [1.0, 2.0, 2.0]
     clip_gradients_(parameters, norm, 0.5)
-    assert parameters[0].grad.tolist() == pytest.approx([0.1, 0.2, 0.2], rel=1e-5)
+    assert first.grad.tolist() == pytest.approx([0.1, 0.2, 0.2], rel=1e-5)
+    assert copy.grad.tolist() == pytest.approx([0.7] * 9, rel=1e-5)
     assert global_grad_norm([], CPU).item() == 0.0
+
+
+@pytest.mark.parametrize(("max_norm", "factor"), [(0.0, 1.0), (10.0, 1.0), (2.5, 0.5)])
+def test_the_loss_scale_is_taken_out_while_clipping(max_norm, factor):
+    parameters = with_gradients(torch.tensor([3.0, 4.0]) * 2.0**20)
+    norm = global_grad_norm(parameters, CPU, 2.0**20)
+    assert norm.item() == 5.0
+    clip_gradients_(parameters, norm, max_norm, 2.0**20)
+    assert parameters[0].parameter.grad.tolist() == pytest.approx([3.0 * factor, 4.0 * factor], rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_norm_shows_what_is_not_finite(value):
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([1.0, value])
-    assert not math.isfinite(global_grad_norm([parameter], CPU).item())
+    assert not math.isfinite(global_grad_norm(with_gradients(torch.tensor([1.0, value])), CPU).item())
 
 
 def test_small_blocks_share_a_unit():

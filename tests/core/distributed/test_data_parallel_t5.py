@@ -10,7 +10,7 @@ from megatron.core.distributed import DataParallel, global_grad_norm
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.optimizer import build_optimizer
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import initialize_parameters
+from megatron.core.parameters import initialize_parameters, model_parameters
 from tests.distributed import run_distributed
 
 CPU = ParallelContext(torch.device("cpu"))
@@ -31,10 +31,11 @@ def build(context, strategy, tied, bf16, optimizer):
     parallel = DataParallel(model, context, compute, blocks, strategy)
     model.to_empty(device="cpu")
     initialize_parameters(model, seed=3)
-    return model, parallel, build_optimizer(OptimizerConfig(optimizer=optimizer), model, context)
+    parameters = model_parameters([model])
+    return model, parallel, parameters, build_optimizer(OptimizerConfig(optimizer=optimizer), parameters, context)
 
 
-def steps(context, model, parallel, optimizer, first, last):
+def steps(context, model, parallel, parameters, optimizer, first, last):
     """Train on batches first .. last - 1 and return the losses; the ranks share the rows of each batch."""
     losses = []
     for step in range(first, last):
@@ -51,7 +52,7 @@ def steps(context, model, parallel, optimizer, first, last):
         if context.dp_size > 1:
             torch.distributed.all_reduce(loss)
         losses.append(loss.item())
-        assert torch.isfinite(global_grad_norm(optimizer.parameters, context))
+        assert torch.isfinite(global_grad_norm(parameters, context))
         optimizer.step(0.01)
         optimizer.zero_grad()
     return losses
@@ -71,12 +72,12 @@ def whole(tensors):
 
 def run(context, strategy, tied, bf16, optimizer, root, resume):
     """Steps 0 to 3 and a save, or a load and steps 3 to 6; with losses and all tensors at the end."""
-    model, parallel, built = build(context, strategy, tied, bf16, optimizer)
+    model, parallel, parameters, built = build(context, strategy, tied, bf16, optimizer)
     if resume:
         load_checkpoint(latest_checkpoint(root), tensors_of(built))
-        losses = steps(context, model, parallel, built, 3, 6)
+        losses = steps(context, model, parallel, parameters, built, 3, 6)
     else:
-        losses = steps(context, model, parallel, built, 0, 3)
+        losses = steps(context, model, parallel, parameters, built, 0, 3)
         with torch.no_grad():
             model(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))  # leaves weights gathered
         save_checkpoint(root, 3, tensors_of(built), {}, context)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from megatron.core.config import OptimizerConfig, ParallelConfig
 from megatron.core.optimizer import adamw_scale, build_optimizer
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import Init, ParamSpec, local_tensor
+from megatron.core.parameters import Init, ParamSpec, local_tensor, model_parameters
 from tests.distributed import run_distributed
 
 OPTIMIZERS = ["adamw", "adamw-scale", "adafactor"]
@@ -118,7 +118,7 @@ def reference(optimizer, parameter, gradients, decays, lr=0.01, weight_decay=0.1
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_equals_the_reference_on_each_logical_matrix(optimizer, dtype):
     model = fused_model(dtype)
-    train(model, build_optimizer(config(optimizer), model, CPU), lambda step: values(step, dtype))
+    train(model, build_optimizer(config(optimizer), model_parameters([model]), CPU), lambda step: values(step, dtype))
     gradients = [values(step, torch.float64) for step in range(1, 6)]
     for name, start in values(0, torch.float64).items():
         if optimizer == "adamw":  # has no notion of matrices; its reference is elementwise
@@ -143,10 +143,14 @@ def test_fused_equals_unfused(optimizer):
             for number, part in enumerate(parts[name])
         }
     )
-    train(fused, build_optimizer(config(optimizer), fused, CPU), lambda step: values(step, torch.float32))
+    train(
+        fused,
+        build_optimizer(config(optimizer), model_parameters([fused]), CPU),
+        lambda step: values(step, torch.float32),
+    )
     train(
         unfused,
-        build_optimizer(config(optimizer), unfused, CPU),
+        build_optimizer(config(optimizer), model_parameters([unfused]), CPU),
         lambda step: {
             f"{name}_{number}": part
             for name, gradient in values(step, torch.float32).items()
@@ -163,7 +167,7 @@ def _sharded_steps(rank, optimizer):
     context = ParallelContext.create(ParallelConfig(), torch.device("cpu"))
     model = fused_model(torch.float64)
     fully_shard(model, mesh=context.mesh["dp"])
-    built = build_optimizer(config(optimizer), model, context)
+    built = build_optimizer(config(optimizer), model_parameters([model]), context)
 
     def gradients(step):
         return {
@@ -187,7 +191,7 @@ def _sharded_steps(rank, optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_sharded_equals_whole(optimizer, world_size):
     model = fused_model(torch.float64)
-    whole = build_optimizer(config(optimizer), model, CPU)
+    whole = build_optimizer(config(optimizer), model_parameters([model]), CPU)
     train(model, whole, lambda step: values(step, torch.float64))
     for parameters, state in run_distributed(_sharded_steps, world_size, optimizer):
         assert state.keys() == whole.named_state().keys()
@@ -201,10 +205,10 @@ def test_sharded_equals_whole(optimizer, world_size):
 def test_state_is_filled_in_place(optimizer):
     """Copying parameters and named state into a fresh optimizer continues the run bit for bit."""
     model = fused_model(torch.float32)
-    first = build_optimizer(config(optimizer), model, CPU)
+    first = build_optimizer(config(optimizer), model_parameters([model]), CPU)
     train(model, first, lambda step: values(step, torch.float32))
     other = copy.deepcopy(model)
-    second = build_optimizer(config(optimizer), other, CPU)
+    second = build_optimizer(config(optimizer), model_parameters([other]), CPU)
     for name, value in second.named_state().items():
         value.copy_(first.named_state()[name])
     for pair in ((model, first), (other, second)):
@@ -218,7 +222,7 @@ def test_buckets_do_not_change_the_update(monkeypatch):
     for limit in (0, 100):
         monkeypatch.setitem(adamw_scale.BUCKET_MIB, "cpu", limit)
         model = fused_model(torch.float32)
-        built = build_optimizer(config("adamw-scale"), model, CPU)
+        built = build_optimizer(config("adamw-scale"), model_parameters([model]), CPU)
         train(model, built, lambda step: values(step, torch.float32))
         results.append((len(built.buckets), model))
     assert results[0][0] == len(SHAPES) and results[1][0] == 1
@@ -229,4 +233,4 @@ def test_buckets_do_not_change_the_update(monkeypatch):
 def test_a_parameter_without_gradient_is_named():
     model = fused_model(torch.float32)
     with pytest.raises(AssertionError, match=r"qkv\.weight"):
-        build_optimizer(config("adamw"), model, CPU).step(0.1)
+        build_optimizer(config("adamw"), model_parameters([model]), CPU).step(0.1)
