@@ -16,7 +16,7 @@ from megatron.core.datasets.t5_dataset import PADDING_SAMPLE, Batch, SpanCorrupt
 
 
 class TensorBatch(NamedTuple):
-    """A microbatch of int32 tensors."""
+    """One or more microbatches of int32 tensors."""
 
     encoder_input_ids: torch.Tensor
     """[b, s_enc]"""
@@ -28,6 +28,11 @@ class TensorBatch(NamedTuple):
     def to(self, device: torch.device) -> TensorBatch:
         """The same microbatch on `device`."""
         return TensorBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def split(self, parts: int) -> list[TensorBatch]:
+        """The same rows in `parts` batches of equal size."""
+        split = (tensor.chunk(parts) for tensor in self)
+        return [TensorBatch(*part) for part in zip(*split, strict=True)]
 
 
 class T5Loader:
@@ -73,23 +78,23 @@ class T5Loader:
         within = np.arange(self.micro_batch_size, dtype=np.int64)
         return first_sample + groups[:, None] * self.micro_batch_size + within
 
-    def microbatches(self, first_sample: int) -> list[TensorBatch]:
-        """This rank's part of the step that starts at `first_sample` (the samples consumed so far)."""
+    def step_batch(self, first_sample: int) -> TensorBatch:
+        """This rank's part of the step that starts at `first_sample` (the samples consumed so far): all microbatches
+        one after the other.
+        """
         ids = self.sample_ids(first_sample, self.num_microbatches)
-        whole = _to_tensors(self.dataset.batch(ids.reshape(-1)))
-        parts = (tensor.split(self.micro_batch_size) for tensor in whole)
-        return [TensorBatch(*part) for part in zip(*parts, strict=True)]
+        return _to_tensors(self.dataset.batch(ids.reshape(-1)))
 
-    def evaluation_batches(self, num_samples: int) -> Iterator[TensorBatch]:
+    def evaluation_batches(self, num_samples: int, microbatches: int = 1) -> Iterator[TensorBatch]:
         """This rank's part of samples 0 .. num_samples - 1, each of which some rank reads exactly once.
 
-        Every rank yields the same number of microbatches, all of full size: what is missing at the end are rows
-        of padding, whose labels the loss leaves out.
+        Every rank yields the same number of batches, all of `microbatches` full microbatches: what is missing at the
+        end are rows of padding, whose labels the loss leaves out.
         """
-        samples_per_round = self.micro_batch_size * self.dp_size
-        ids = self.sample_ids(0, -(-num_samples // samples_per_round))
-        for row in np.where(ids < num_samples, ids, PADDING_SAMPLE):
-            yield _to_tensors(self.dataset.batch(row))
+        samples_per_round = self.micro_batch_size * self.dp_size * microbatches
+        ids = self.sample_ids(0, -(-num_samples // samples_per_round) * microbatches)
+        for rows in np.where(ids < num_samples, ids, PADDING_SAMPLE).reshape(-1, microbatches * self.micro_batch_size):
+            yield _to_tensors(self.dataset.batch(rows))
 
 
 def _to_tensors(batch: Batch) -> TensorBatch:

@@ -170,7 +170,7 @@ def steps(samples: SpanCorruptionDataset, micro: int, num: int, dp: int, num_ste
     rows = []
     for step in range(num_steps):
         loaders = [T5Loader(samples, micro, num, rank, dp) for rank in range(dp)]
-        parts = [loader.microbatches(step * loader.global_batch_size) for loader in loaders]
+        parts = [loader.step_batch(step * loader.global_batch_size).split(num) for loader in loaders]
         rows += [parts[rank][m].encoder_input_ids for m in range(num) for rank in range(dp)]
     return torch.cat(rows).numpy()
 
@@ -183,7 +183,7 @@ def test_a_step_has_the_same_samples_on_any_layout(micro: int, num: int, dp: int
 
 def test_loader_gives_int32_tensors() -> None:
     loader = T5Loader(dataset(), 2, 3)
-    microbatches = loader.microbatches(0)
+    microbatches = loader.step_batch(0).split(3)
     assert len(microbatches) == 3
     for microbatch in microbatches:
         assert all(tensor.dtype == torch.int32 and tensor.is_contiguous() for tensor in microbatch)
@@ -205,7 +205,7 @@ def test_two_processes_give_the_samples_of_one() -> None:
     program = (
         "import sys, numpy as np; sys.path.insert(0, sys.argv[1]); import test_t5_dataset as t\n"
         "rank = int(sys.argv[2]); loader = t.T5Loader(t.dataset(), 4, 3, rank, 2)\n"
-        "for batch in loader.microbatches(24): sys.stdout.buffer.write(batch.encoder_input_ids.numpy().tobytes())"
+        "for batch in loader.step_batch(24).split(3): sys.stdout.buffer.write(batch.encoder_input_ids.numpy().tobytes())"
     )
     folder = str(Path(__file__).parent)
     outputs = [
