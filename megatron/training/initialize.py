@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from megatron.core.config import ParallelConfig
 from megatron.core.errors import UserError
 from megatron.core.parallel_state import ParallelContext
+from megatron.training.consistency import check_equal_on_all_ranks
 
 
 def launched_by_torchrun() -> bool:
@@ -54,6 +56,8 @@ def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
         device_id=device if backend == "nccl" else None,
     )
     try:
+        # Ranks with other layouts would wait for each other while they build the mesh.
+        check_equal_on_all_ranks(ParallelContext(device), {"config": asdict(config)})
         yield ParallelContext.create(config, device)
         # A gloo rank that leaves while a peer still communicates aborts that peer. Only on the way out of a run that
         # succeeded: after an error the others may never come.
