@@ -17,10 +17,10 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -294,7 +294,8 @@ def _tokenized_chunks(
     try:
         waiting: deque[tuple[tuple[int, Chunk], Future[TokenizedChunk]]] = deque()
         for n, chunk in chunks:
-            waiting.append(((n, chunk), executor.submit(_tokenize_in_worker, chunk)))
+            with _interrupts_held_back():
+                waiting.append(((n, chunk), executor.submit(_tokenize_in_worker, chunk)))
             if len(waiting) >= _CHUNKS_PER_WORKER * config.workers:
                 oldest, future = waiting.popleft()
                 yield oldest, future.result()
@@ -309,6 +310,16 @@ def _tokenized_chunks(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the block is left. A worker that starts in it inherits that, until it ignores Ctrl-C."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Worker(NamedTuple):
     tokenizer: Tokenizer
     config: PreprocessConfig
@@ -320,6 +331,7 @@ _worker: _Worker | None = None  # set once in each worker process: a tokenizer i
 def _start_worker(config: PreprocessConfig) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = _Worker(build_tokenizer(config.tokenizer), config)
 
