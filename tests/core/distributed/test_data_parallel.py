@@ -8,11 +8,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megatron.core.config import ComputeConfig, OptimizerConfig, ParallelConfig
-from megatron.core.distributed import DataParallel, clip_gradients_, global_grad_norm
+from megatron.core.distributed import DataParallel, clip_gradients_, data_parallel, global_grad_norm
 from megatron.core.distributed.data_parallel import group_blocks
 from megatron.core.optimizer import build_optimizer
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import Init, ModelParameter, ParamSpec, initialize_parameters, model_parameters
+from tests.collectives import CountCollectives
 from tests.distributed import run_distributed
 
 CPU = ParallelContext(torch.device("cpu"))
@@ -92,26 +93,61 @@ def train(context, strategy, microbatches, bf16=False):
     return losses, norms, values, sharded
 
 
-def _rank(rank, strategy, microbatches, bf16=False):
+def _rank(rank, strategies, microbatches, bf16=False):
     context = ParallelContext.create(ParallelConfig(), torch.device("cpu"))
-    return train(context, strategy, microbatches, bf16)
+    return [train(context, strategy, microbatches, bf16) for strategy in strategies]
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("strategy", [None, "no_shard", "optim_grads", "optim_grads_params"])
-def test_two_ranks_train_as_one(strategy, microbatches):
+def test_two_ranks_train_as_one(microbatches):
     losses, norms, parameters, _ = train(CPU, None, 1)
-    for other_losses, other_norms, other_parameters, sharded in run_distributed(_rank, 2, strategy, microbatches):
-        assert sharded == (strategy in ("optim_grads", "optim_grads_params"))
-        assert other_losses == pytest.approx(losses, rel=1e-5)
-        assert other_norms == pytest.approx(norms, rel=1e-5)
-        for name, value in parameters.items():
-            torch.testing.assert_close(other_parameters[name], value, rtol=1e-4, atol=1e-6)
+    strategies = [None, "no_shard", "optim", "optim_grads", "optim_grads_params"]
+    for found in run_distributed(_rank, 2, strategies, microbatches):
+        for strategy, (other_losses, other_norms, other_parameters, sharded) in zip(strategies, found, strict=True):
+            assert sharded == (strategy not in (None, "no_shard"))
+            assert other_losses == pytest.approx(losses, rel=1e-5)
+            assert other_norms == pytest.approx(norms, rel=1e-5)
+            for name, value in parameters.items():
+                torch.testing.assert_close(other_parameters[name], value, rtol=1e-4, atol=1e-6)
+
+
+def _collectives(rank, microbatches):
+    """Of the forward and backward passes of the second step, by strategy: calls and bytes by operator."""
+    context = ParallelContext.create(ParallelConfig(), torch.device("cpu"))
+    data_parallel.MIN_UNIT_MIB = 0  # each block is a unit
+    counts = {}
+    for strategy in ("no_shard", "optim", "optim_grads", "optim_grads_params"):
+        model = Model()
+        parallel = DataParallel(model, context, ComputeConfig(), model.layers, strategy)
+        initialize_parameters(model, seed=1)
+        for _ in range(2):
+            with CountCollectives() as count:
+                for number in range(microbatches):
+                    parallel.set_gradient_sync(number == microbatches - 1)
+                    model(torch.ones(2, WIDTH)).sum().backward()
+                parallel.reduce_gradients()
+        counts[strategy] = dict(count.calls), dict(count.nbytes)
+    return counts
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_collectives_of_a_step(microbatches):
+    """Gradients are reduced once a step, whatever the microbatches; parameters gathered once, but for ZeRO-3."""
+    units, gather, scatter = 4, "_allgather_base_", "_reduce_scatter_base_"
+    nbytes = 4 * 3 * (2 * WIDTH * WIDTH + WIDTH + WIDTH % 2) + 4 * 2 * WIDTH  # odd rows and the head's one are padded
+    for counts in run_distributed(_collectives, 2, microbatches):
+        assert counts["no_shard"] == ({"allreduce_": 1}, {"allreduce_": 4 * (3 * (2 * WIDTH + 1) + 1) * WIDTH})
+        assert counts["optim"] == ({gather: 1, scatter: 1}, {gather: nbytes, scatter: nbytes})
+        assert counts["optim_grads"] == ({gather: units, scatter: units}, {gather: nbytes, scatter: nbytes})
+        gathers = 2 * microbatches
+        assert counts["optim_grads_params"] == (
+            {gather: gathers * units, scatter: units}, {gather: gathers * nbytes, scatter: nbytes},
+        )  # fmt: skip
 
 
 def test_bf16_shards_keep_fp32_masters():
     losses, _, parameters, _ = train(CPU, None, 1)
-    for other_losses, _, other_parameters, _ in run_distributed(_rank, 2, "optim_grads", 2, True):
+    for [(other_losses, _, other_parameters, _)] in run_distributed(_rank, 2, ["optim_grads"], 2, True):
         assert other_losses == pytest.approx(losses, rel=0.05)
         for name, value in parameters.items():
             assert other_parameters[name].dtype == torch.float32
