@@ -1,0 +1,179 @@
+"""The launch scripts of `examples/t5`; stand-ins for `torchrun`, `srun` and `scontrol` record their arguments."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron.training.arguments import parse_args
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "t5"
+STAND_IN = """#!/usr/bin/env bash
+printf '%s\\n' "${0##*/}" "$@" >> "$RECORD"
+echo "--" >> "$RECORD"
+"""
+
+
+class Machine:
+    """A PATH on which the launchers are stand-ins.
+
+    Attributes:
+        record: File with the calls of the stand-ins: a word a line, `--` after each call.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.record = folder, folder / "record"
+        self.program("torchrun", STAND_IN)
+
+    def program(self, name: str, text: str) -> None:
+        file = self.folder / "bin" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        file.chmod(0o755)
+
+    def start(self, script: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        path = f"{self.folder / 'bin'}:/usr/bin:/bin"
+        return subprocess.Popen(
+            ["bash", str(SCRIPTS / script), *arguments],
+            env={"PATH": path, "HOME": str(self.folder), "RECORD": str(self.record), **environment},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder,
+        )  # fmt: skip
+
+    def run(self, script: str, *arguments: str, **environment: str) -> "tuple[int, str]":
+        """Exit status and what stderr got."""
+        process = self.start(script, *arguments, **environment)
+        return process.wait(timeout=30), process.communicate()[1]
+
+    def calls(self) -> list[list[str]]:
+        if not self.record.exists():
+            return []
+        return [call.strip("\n").split("\n") for call in self.record.read_text().split("--\n") if call]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def flags_of(call: list[str]) -> list[str]:
+    """What pretrain_t5.py is given."""
+    (program,) = (i for i, word in enumerate(call) if word.endswith("pretrain_t5.py"))
+    return call[program + 1 :]
+
+
+def option(call: list[str], name: str) -> str:
+    return call[call.index(name) + 1]
+
+
+def test_one_node(machine: Machine) -> None:
+    assert machine.run("pretrain_t5_base_1node.sh", "--lr", "1e-3", DATA_PATH="a b", SAVE="runs/base") == (0, "")
+    (call,) = machine.calls()
+    assert call[0] == "torchrun" and "--standalone" in call and option(call, "--nproc-per-node") == "8"
+    config = parse_args(flags_of(call)).config
+    assert config.optimizer.lr == 1e-3, "further flags win"
+    assert config.data.data_path == ["a b"] and config.checkpoint.save == "runs/base"
+    assert config.model.encoder_num_layers == 12 and config.compute.bf16
+    assert config.training.num_microbatches(dp_size=8) == 8
+
+
+def test_one_node_names_what_is_missing(machine: Machine) -> None:
+    status, error = machine.run("pretrain_t5_base_1node.sh", SAVE="runs/base")
+    assert status != 0 and "DATA_PATH: is not set; give" in error
+    assert not machine.calls()
+
+
+NODE = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0"}
+
+
+def test_multinode(machine: Machine) -> None:
+    flags = ["--preset", "t5-v1_1-xl", "--data-path", "my corpus"]
+    assert machine.run("pretrain_t5_multinode.sh", *flags, **NODE, GPUS_PER_NODE="2") == (0, "")
+    (call,) = machine.calls()
+    expected = {
+        "--nnodes": "4", "--node-rank": "3", "--nproc-per-node": "2", "--master-addr": "node0",
+        "--master-port": "29500",
+    }  # fmt: skip
+    assert {name: option(call, name) for name in expected} == expected
+    assert flags_of(call) == flags
+    assert Path(call[-len(flags) - 1]) == ROOT / "pretrain_t5.py"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"NNODES": ""}, "NNODES is ''; set it to a whole number from 1 on"),
+        ({"NNODES": "two"}, "NNODES is 'two'; set it to a whole number from 1 on"),
+        ({"NODE_RANK": "4"}, "NODE_RANK is 4; it counts from 0, so it must be below NNODES, which is 4"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set; give the name or address of node 0"),
+        ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE is '0'; set it to a whole number from 1 on"),
+    ],
+)
+def test_multinode_refuses(machine: Machine, change: dict[str, str], message: str) -> None:
+    status, error = machine.run("pretrain_t5_multinode.sh", "--preset", "t5-v1_1-xl", **(NODE | change))
+    assert (status, error) == (1, f"error: {message}\n")
+    assert not machine.calls()
+
+
+JOB = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NUM_NODES": "16", "SLURM_JOB_NODELIST": "gpu[1-16]", "DATA_PATH": "/data/c"}
+SCONTROL = """#!/usr/bin/env bash
+[ "$1" = show ] && { echo gpu1; echo gpu2; exit; }
+printf '%s\\n' scontrol "$@" >> "$RECORD"
+echo "--" >> "$RECORD"
+"""
+
+
+def slurm(machine: Machine, step: str) -> None:
+    """A Slurm whose job steps run `step` after they were recorded."""
+    machine.program("scontrol", SCONTROL)
+    machine.program("srun", f"{STAND_IN}{step}\n")
+
+
+def test_slurm_starts_one_torchrun_a_node_and_ends_when_finished(machine: Machine, tmp_path: Path) -> None:
+    slurm(machine, 'touch "$SAVE/finished"')
+    script = "pretrain_t5_xxl_multinode.slurm"
+    assert machine.run(script, "--seed", "5", SAVE=str(tmp_path), **JOB) == (0, "")
+    (call,) = machine.calls()
+    expected = {
+        "--nnodes": "16", "--nproc-per-node": "8", "--rdzv-backend": "c10d", "--rdzv-endpoint": "gpu1:22345",
+        "--rdzv-id": "12345",
+    }  # fmt: skip
+    assert call[0] == "srun" and {name: option(call, name) for name in expected} == expected
+    config = parse_args(flags_of(call)).config
+    assert config.training.seed == 5 and config.model.hidden_size == 4096
+    ranks = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    assert config.training.num_microbatches(dp_size=16 * 8 // ranks) >= 1
+    assert 8 % config.parallel.tensor_model_parallel_size == 0
+
+
+@pytest.mark.parametrize(("step_status", "requeued"), [(0, True), (1, False)])
+def test_slurm_requeues_what_stopped_in_order_and_not_what_failed(
+    machine: Machine, tmp_path: Path, step_status: int, requeued: bool
+) -> None:
+    slurm(machine, f"exit {step_status}")
+    status, _ = machine.run("pretrain_t5_xxl_multinode.slurm", SAVE=str(tmp_path), **JOB)
+    assert status == step_status
+    assert machine.calls()[1:] == [["scontrol", "requeue", "12345"]] * requeued
+
+
+def test_slurm_stops_and_requeues_before_the_time_limit(machine: Machine, tmp_path: Path) -> None:
+    step = 'trap \'sleep 0.2; echo stopped > "$SAVE/last"; exit 143\' TERM\ntouch "$SAVE/runs"\n'
+    slurm(machine, step + "while :; do sleep 0.05; done")
+    process = machine.start("pretrain_t5_xxl_multinode.slurm", SAVE=str(tmp_path), **JOB)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "runs").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGUSR1)
+    assert process.wait(timeout=20) == 0
+    assert (tmp_path / "last").read_text() == "stopped\n", "the step is waited for"
+    assert machine.calls()[1:] == [["scontrol", "requeue", "12345"]]
+
+
+def test_slurm_header_matches_the_script() -> None:
+    text = (SCRIPTS / "pretrain_t5_xxl_multinode.slurm").read_text()
+    for line in ("--ntasks-per-node=1", "--signal=B:USR1@600", "--requeue", "--gpus-per-node=8"):
+        assert f"\n#SBATCH {line}\n" in text
+    assert "\nset -e" not in text
