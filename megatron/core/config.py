@@ -187,6 +187,8 @@ class ComputeConfig:
     """Implementation of the layers."""
     attention_backend: Literal["auto", "sdpa", "unfused"] = "auto"
     """auto: torch's scaled_dot_product_attention on GPUs, plain matrix products on CPUs, where they are faster."""
+    compile: bool = False
+    """Compile each layer with torch.compile: slower to start, faster to run."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute in the backward pass: whole layers (full) or the attention scores (selective)."""
     recompute_method: Literal["uniform", "block"] | None = None
