@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules, their simulation, and running them."""
