@@ -17,6 +17,7 @@ from tests.collectives import CountCollectives
 from tests.distributed import run_distributed
 
 CPU = ParallelContext(torch.device("cpu"))
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTH, BATCH, STEPS = 7, 8, 4  # the width does not divide by the ranks
 
 
@@ -48,11 +49,13 @@ class Model(nn.Module):
         return x @ self.head.T
 
 
-def train(context, strategy, microbatches, bf16=False):
+def train(context, strategy, microbatches, precision="fp32"):
     """Losses, gradient norms and final parameters; rank r computes rows r, r + ranks, ... of each batch."""
     with torch.device("meta"):
         model = Model()
-    parallel = DataParallel(model, context, ComputeConfig(bf16=bf16), model.layers, strategy)
+    parallel = DataParallel(
+        model, context, ComputeConfig(**({precision: True} if precision in LOW else {})), model.layers, strategy
+    )
     model.to_empty(device="cpu")
     initialize_parameters(model, seed=1)
     parameters = model_parameters([model])
@@ -65,9 +68,7 @@ def train(context, strategy, microbatches, bf16=False):
         total = torch.zeros(())
         for number, rows in enumerate(mine):
             parallel.set_gradient_sync(number == microbatches - 1)
-            loss = (
-                model(rows.bfloat16() if bf16 and strategy != "no_shard" else rows).float() - 1
-            ).square().sum() / BATCH
+            loss = (model(rows.to(LOW.get(precision))).float() - 1).square().sum() / BATCH
             loss.backward()
             total += loss.detach()
         parallel.reduce_gradients()
@@ -81,10 +82,8 @@ def train(context, strategy, microbatches, bf16=False):
         optimizer.zero_grad()
         losses.append(total.item())
         norms.append(norm.item())
-    with torch.no_grad():
-        model(
-            batch.bfloat16() if bf16 else batch
-        )  # the parameters must stay whole shards after a forward without backward
+    with torch.no_grad():  # the parameters must stay whole shards after a forward without backward
+        model(batch.to(LOW.get(precision)))
     values = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
         for name, p in zip(optimizer.names, optimizer.parameters, strict=True)
@@ -93,9 +92,9 @@ def train(context, strategy, microbatches, bf16=False):
     return losses, norms, values, sharded
 
 
-def _rank(rank, strategies, microbatches, bf16=False):
+def _rank(rank, strategies, microbatches, precision="fp32"):
     context = ParallelContext.create(ParallelConfig(), torch.device("cpu"))
-    return [train(context, strategy, microbatches, bf16) for strategy in strategies]
+    return [train(context, strategy, microbatches, precision) for strategy in strategies]
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
@@ -145,14 +144,17 @@ def test_collectives_of_a_step(microbatches):
         )  # fmt: skip
 
 
-def test_bf16_shards_keep_fp32_masters():
+@pytest.mark.parametrize("precision", LOW)
+def test_low_precision_shards_keep_fp32_masters(precision):
     losses, _, parameters, _ = train(CPU, None, 1)
-    for [(other_losses, _, other_parameters, _)] in run_distributed(_rank, 2, ["optim_grads"], 2, True):
-        assert other_losses == pytest.approx(losses, rel=0.05)
-        for name, value in parameters.items():
-            assert other_parameters[name].dtype == torch.float32
-            assert not torch.equal(other_parameters[name], other_parameters[name].bfloat16().float())
-            torch.testing.assert_close(other_parameters[name], value, rtol=0.1, atol=0.05)
+    for found in run_distributed(_rank, 2, ["optim", "optim_grads"], 2, precision):
+        for other_losses, _, other_parameters, _ in found:
+            assert other_losses == pytest.approx(losses, rel=0.05)
+            assert other_losses != losses
+            for name, value in parameters.items():
+                assert other_parameters[name].dtype == torch.float32
+                assert not torch.equal(other_parameters[name], other_parameters[name].to(LOW[precision]).float())
+                torch.testing.assert_close(other_parameters[name], value, rtol=0.1, atol=0.05)
 
 
 def with_gradients(*gradients, is_copy=False):
