@@ -1,0 +1,220 @@
+"""How much memory activations take, by formula: what a stage keeps of a microbatch until its backward pass.
+
+Shapes: b rows of a microbatch, s encoder length, t decoder length, h hidden, n heads, i = n x width of a head, f
+feed-forward width, V rows of the vocabulary. n, i, f and V are a tensor-parallel rank's share; s' and t' are its parts
+of the sequences under sequence parallelism (whose lengths are padded to divide) and s and t without.
+
+What is kept, in numbers, for a sequence of s tokens:
+
+| part | kept |
+|---|---|
+| norm | its input, the normalised input (RMSNorm), the result: 3 b s' h; the result is kept gathered, b s h |
+| self-attention | q, k, v 3 b s i and the output b s i; unfused, also the probabilities b n s s |
+| cross-attention | q b t i, k and v 2 b s i, the output b t i; unfused, also the probabilities b n t s |
+| gated feed-forward | gate and up 2 b s f, activated gate b s f, their product b s f |
+| feed-forward | its inner units before and after the activation, 2 b s f (ReLU: after, b s f) |
+| dropout | a byte for each number it is applied to, and probabilities a second time |
+| encoder output | gathered once for all decoder layers of a stage: b s h |
+| position bias | once for all layers of a stack on the stage: n s s, with fused attention or recomputation |
+| head | the input b t h and the logits b t V |
+| weights | without FSDP2 each microbatch keeps its own 16-bit copies of the weights it has used |
+
+Full recomputation keeps the inputs of the groups of layers, and a group's own activations while it is worked on.
+Selective recomputation spares the probabilities. A number of the residual stream has 4 bytes with fp16, otherwise it
+has the dtype of matrix products; biases, statistics of the norms and ids are small and left out. On CPUs attention is
+not fused, masks of dropout are numbers, and norms of 16-bit numbers keep their input in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
+from megatron.core.models.T5.t5_model import recomputation_groups
+from megatron.core.models.T5.t5_units import Units
+
+
+@dataclass(frozen=True)
+class T5Memory:
+    """Bytes that stages of the model need on a rank for activations.
+
+    Attributes:
+        config: Architecture.
+        compute: Precision, recomputation.
+        parallel: Tensor and sequence parallelism.
+        micro_batch_size: Rows of a microbatch, b.
+        encoder_length: Tokens of an encoder row, s.
+        decoder_length: Tokens of a decoder row, t.
+        device_type: `cuda` or `cpu`.
+        casts_weights: Whether weights are cast to 16 bits where they are used, for each microbatch anew, and not by
+            FSDP2.
+    """
+
+    config: ModelConfig
+    compute: ComputeConfig
+    parallel: ParallelConfig
+    micro_batch_size: int
+    encoder_length: int
+    decoder_length: int
+    device_type: Literal["cuda", "cpu"] = "cuda"
+    casts_weights: bool = False
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a number in matrix products."""
+        return 2 if self.compute.bf16 or self.compute.fp16 else 4
+
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes of a number of the residual stream."""
+        return 2 if self.compute.bf16 else 4
+
+    @property
+    def fused_attention(self) -> bool:
+        """Whether attention keeps no probabilities."""
+        return self.device_type == "cuda" and self.compute.attention_backend != "unfused"
+
+    def _mask_bytes(self, number_bytes: int) -> int:
+        """Bytes of an entry of the mask of a dropout of numbers of so many bytes."""
+        return 1 if self.device_type == "cuda" else number_bytes
+
+    @cached_property
+    def units(self) -> Units:
+        """Numbers of the model's units."""
+        return Units.of(self.config)
+
+    def _share(self, size: int) -> int:
+        return -(-size // self.parallel.tensor_model_parallel_size)
+
+    def _tokens(self, length: int) -> tuple[int, int]:
+        """Tokens of a microbatch with the padding of sequence parallelism, and a rank's part of them between blocks."""
+        if not self.parallel.sequence_parallel:
+            return self.micro_batch_size * length, self.micro_batch_size * length
+        part = self._share(length)
+        return self.micro_batch_size * part * self.parallel.tensor_model_parallel_size, self.micro_batch_size * part
+
+    def _norm(self, length: int) -> int:
+        """A norm, with what matrix products read of it."""
+        tokens, part = self._tokens(length)
+        kept = self.number_bytes * tokens * self.config.hidden_size
+        return kept + self._normalised(part) + self._dropped(part)
+
+    def _normalised(self, part: int) -> int:
+        """What the normalisation itself keeps of `part` tokens."""
+        input_bytes = 4 if self.device_type == "cpu" else self.residual_bytes
+        rms_bytes = self.residual_bytes * (self.config.normalization == "RMSNorm")
+        return (input_bytes + rms_bytes) * part * self.config.hidden_size
+
+    def _dropped(self, part: int) -> int:
+        """Mask of a dropout on the hidden states of `part` tokens."""
+        return self._mask_bytes(self.residual_bytes) * part * self.config.hidden_size * (self.config.hidden_dropout > 0)
+
+    def _attention(self, queries: int, keys: int, *, probabilities: bool) -> int:
+        """Attention with its output projection, without the norm before it."""
+        q, k, inner = self._tokens(queries)[0], self._tokens(keys)[0], self._share(self.config.inner_size)
+        kept = self.number_bytes * (2 * q + 2 * k) * inner
+        return kept + (self._probabilities(queries, keys) if probabilities else 0)
+
+    def _probabilities(self, queries: int, keys: int) -> int:
+        scores = self._tokens(queries)[0] * (self._tokens(keys)[0] // self.micro_batch_size)
+        scores *= self._share(self.config.num_attention_heads)
+        if not self.config.attention_dropout:
+            return self.number_bytes * scores
+        return (
+            2 * self.number_bytes + self._mask_bytes(self.number_bytes)
+        ) * scores  # before and after dropout, and its mask
+
+    def _feed_forward(self, length: int) -> int:
+        inner = self._tokens(length)[0] * self._share(self.config.ffn_hidden_size)
+        has_dropout = self.config.hidden_dropout > 0
+        numbers = 4 if self.config.gated else 2
+        if self.config.activation_function == "relu" and not has_dropout:
+            numbers = 1  # the result of the activation is all that its gradient and the product need
+        return (self.number_bytes * numbers + self._mask_bytes(self.number_bytes) * has_dropout) * inner
+
+    def _cast_weights(self, unit: int) -> int:
+        """16-bit copies of the matrices of a unit."""
+        if not self.casts_weights:
+            return 0
+        hidden = self.config.hidden_size
+        attention = 4 * hidden * self._share(self.config.inner_size)
+        feed_forward = (3 if self.config.gated else 2) * hidden * self._share(self.config.ffn_hidden_size)
+        if unit in self.units.encoder_layers:
+            return self.number_bytes * (attention + feed_forward)
+        if unit in self.units.decoder_layers:
+            return self.number_bytes * (2 * attention + feed_forward)
+        return self.number_bytes * hidden * self._share(self.config.padded_vocab_size) * (unit == self.units.head)
+
+    def unit_bytes(self, unit: int) -> int:
+        """What a unit keeps of a microbatch when it is not recomputed as a whole."""
+        units, s, t = self.units, self.encoder_length, self.decoder_length
+        probabilities = not self.fused_attention and self.compute.recompute_granularity != "selective"
+        if unit in units.encoder_layers:
+            kept = 2 * self._norm(s) + self._attention(s, s, probabilities=probabilities) + self._feed_forward(s)
+            return kept + self._cast_weights(unit)
+        if unit in units.decoder_layers:
+            attention = self._attention(t, t, probabilities=probabilities)
+            attention += self._attention(t, s, probabilities=probabilities)
+            return 3 * self._norm(t) + attention + self._feed_forward(t) + self._cast_weights(unit)
+        if unit == units.encoder_norm:
+            # What comes out is the encoder output, which the stages that read it count.
+            part = self._tokens(s)[1]
+            return self._normalised(part) + self._dropped(part)
+        if unit == units.decoder_norm:
+            return self._norm(t)
+        if unit == units.head:
+            return self._logits() + self._cast_weights(unit)
+        return self._dropped(self._tokens(s if unit == units.encoder_embedding else t)[1])
+
+    def _logits(self) -> int:
+        return self.number_bytes * self._tokens(self.decoder_length)[0] * self._share(self.config.padded_vocab_size)
+
+    def _layers_of(self, stage: range) -> list[range]:
+        """The encoder layers and the decoder layers of a stage."""
+        stacks = (self.units.encoder_layers, self.units.decoder_layers)
+        return [range(max(stage.start, stack.start), min(stage.stop, stack.stop)) for stack in stacks]
+
+    def stage_bytes(self, stage: range) -> int:
+        """What the units `stage` together keep of a microbatch."""
+        kept = sum(self.unit_bytes(unit) for unit in stage)
+        tokens, _ = self._tokens(self.encoder_length)
+        for layers, length in zip(self._layers_of(stage), (self.encoder_length, self.decoder_length), strict=True):
+            if not layers:
+                continue
+            has_bias = self.config.position_embedding_type == "relative"
+            if has_bias and (self.fused_attention or self.compute.recompute_granularity is not None):
+                padded = self._tokens(length)[0] // self.micro_batch_size
+                kept += self.number_bytes * self._share(self.config.num_attention_heads) * padded**2
+            if layers[0] in self.units.decoder_layers:
+                kept += self.number_bytes * tokens * self.config.hidden_size  # the encoder output
+            for group in self._recomputed(layers):
+                input_bytes = self.residual_bytes * self._tokens(length)[1] * self.config.hidden_size
+                kept += input_bytes - sum(self.unit_bytes(unit) for unit in group)
+        return kept
+
+    def _recomputed(self, layers: range) -> list[range]:
+        """Groups of a stage's layers of one stack that keep their input alone."""
+        groups = recomputation_groups(self.compute, len(layers))
+        return [range(layers[0] + group[0], layers[0] + group[-1] + 1) for group, again in groups if again and group]
+
+    def workspace_bytes(self, stage: range) -> int:
+        """The most that the backward pass of the units `stage` needs beside what is kept.
+
+        Gradients of the activations of a layer (the feed-forward block's are the largest, or those of unfused scores)
+        or of the logits, and with full recomputation the activations of a group of layers.
+        """
+        needs = [0]
+        lengths = (self.encoder_length, self.decoder_length)
+        for layers, length in zip(self._layers_of(stage), lengths, strict=True):
+            if not layers:
+                continue
+            numbers = 5 if self.config.gated else 2  # of the inner units, their inputs, and those interleaved again
+            inner = numbers * self._tokens(length)[0] * self._share(self.config.ffn_hidden_size) * self.number_bytes
+            needs.append(max(inner, 2 * self._probabilities(length, self.encoder_length)))
+            for group in self._recomputed(layers):
+                needs.append(needs[1] + sum(self.unit_bytes(unit) for unit in group))
+        if self.units.head in stage:
+            needs.append(self._logits())
+        return max(needs)

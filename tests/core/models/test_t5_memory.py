@@ -1,0 +1,113 @@
+"""The formulas for activation memory against what autograd really keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
+from megatron.core.models.T5.t5_memory import T5Memory
+from megatron.core.models.T5.t5_sharding import shard_t5
+from megatron.core.models.T5.t5_stage import T5Stage
+from megatron.core.models.T5.t5_units import Units
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import local_tensor
+from megatron.core.tensor_parallel import TensorParallel
+
+BATCH, ENCODER_LENGTH, DECODER_LENGTH = 2, 63, 23
+SHAPE: dict[str, Any] = {
+    "encoder_num_layers": 3, "decoder_num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "kv_channels": 24,
+    "ffn_hidden_size": 160, "vocab_size": 500,
+}  # fmt: skip
+UNITS = Units(3, 2)
+TP = {"tensor_model_parallel_size": 2}
+SP = {**TP, "sequence_parallel": True}
+
+
+def kept_bytes(config: ModelConfig, compute: ComputeConfig, parallel: ParallelConfig, stage: range) -> int:
+    """Bytes of the distinct storages, but for parameters, that a forward pass of a stage saves on rank 0.
+
+    Tensor-parallel peers are a fake process group's: shapes are right, sums are not.
+    """
+    size = parallel.tensor_model_parallel_size
+    torch.distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        context = ParallelContext.create(parallel, torch.device("cpu"))
+        handle = TensorParallel.of(context, parallel)
+        with torch.device("meta"):
+            module = T5Stage(config, compute, 1e-4, stage, handle)
+        shard_t5(module, context)
+        module.to_empty(device="cpu")
+        parts = handle.size if handle.sequence_parallel else 1
+        dtype = torch.bfloat16 if compute.bf16 else torch.float32
+        lengths = []
+        if UNITS.decoder_embedding < stage[0] <= UNITS.decoder_norm:
+            lengths = [DECODER_LENGTH, ENCODER_LENGTH]
+        elif stage[0] > 0:
+            lengths = [ENCODER_LENGTH if stage[0] <= UNITS.decoder_embedding else DECODER_LENGTH]
+        received = [
+            torch.zeros(BATCH, -(-length // parts), config.hidden_size, dtype=dtype, requires_grad=True)
+            for length in lengths
+        ]
+        parameters = {local_tensor(p.detach()).untyped_storage().data_ptr() for p in module.parameters()}
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
+            return tensor
+
+        ids = {"encoder_input_ids": ENCODER_LENGTH, "decoder_input_ids": DECODER_LENGTH, "labels": DECODER_LENGTH}
+        batch = {name: torch.zeros(BATCH, length, dtype=torch.int32) for name, length in ids.items()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(*received, **batch)
+        return sum(storage.nbytes() for storage in storages.values())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("model", "compute", "parallel", "stage"),
+    [
+        ({}, {}, {}, UNITS.all),
+        ({}, {}, {}, range(3)),
+        ({}, {}, {}, range(3, UNITS.decoder_layers[1])),
+        ({}, {}, {}, range(UNITS.decoder_layers[1], UNITS.head + 1)),
+        ({"activation_function": "relu", "share_embeddings_and_output_weights": True}, {}, TP, UNITS.all),
+        ({"activation_function": "gelu", "normalization": "LayerNorm"}, {}, SP, UNITS.all),
+        ({"hidden_dropout": 0.1, "attention_dropout": 0.1}, {"bf16": True}, SP, UNITS.all),
+        ({"activation_function": "relu", "hidden_dropout": 0.1}, {"fp16": True}, TP, UNITS.all),
+        ({}, {"recompute_granularity": "full", "recompute_num_layers": 2}, SP, UNITS.all),
+        ({}, {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}, {}, UNITS.all),
+        ({}, {"recompute_granularity": "selective", "bf16": True}, TP, UNITS.all),
+    ],
+)
+def test_formula_gives_what_autograd_keeps(
+    model: dict[str, Any], compute: dict[str, Any], parallel: dict[str, Any], stage: range
+) -> None:
+    config = ModelConfig(**(SHAPE | model))
+    compute_config = ComputeConfig(attention_backend="unfused", **compute)
+    parallel_config = ParallelConfig(**parallel)
+    memory = T5Memory(
+        config, compute_config, parallel_config, BATCH, ENCODER_LENGTH, DECODER_LENGTH,
+        device_type="cpu", casts_weights=compute_config.bf16 or compute_config.fp16,
+    )  # fmt: skip
+    measured = kept_bytes(config, compute_config, parallel_config, stage)
+    assert memory.stage_bytes(stage) == pytest.approx(measured, rel=0.02)
+
+
+def test_fused_attention_sequence_parallelism_and_recomputation_save_memory() -> None:
+    config = ModelConfig(**SHAPE)
+
+    def layers(compute: dict[str, Any], parallel: dict[str, Any]) -> int:
+        memory = T5Memory(config, ComputeConfig(**compute), ParallelConfig(**parallel), 4, 512, 114)
+        return memory.stage_bytes(UNITS.encoder_layers)
+
+    plain = layers({"bf16": True}, {})
+    assert layers({"bf16": True, "attention_backend": "unfused"}, {}) > 2 * plain
+    assert layers({"bf16": True}, SP) < layers({"bf16": True}, TP) < plain
+    assert layers({"bf16": True, "recompute_granularity": "full"}, {}) < plain / 5
