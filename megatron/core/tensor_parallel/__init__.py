@@ -1,6 +1,29 @@
 """Layers with parameters that may be split over ranks, and the loss over the vocabulary."""
 
 from megatron.core.tensor_parallel.cross_entropy import IGNORED_LABEL, TokenLoss, vocab_cross_entropy
-from megatron.core.tensor_parallel.layers import Embedding, Linear
+from megatron.core.tensor_parallel.handle import TensorParallel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    Embedding,
+    Linear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    join_logits,
+    vocab_parallel_logits,
+)
 
-__all__ = ["IGNORED_LABEL", "Embedding", "Linear", "TokenLoss", "vocab_cross_entropy"]
+__all__ = [
+    "IGNORED_LABEL",
+    "ColumnParallelLinear",
+    "Embedding",
+    "Linear",
+    "RowParallelLinear",
+    "TensorParallel",
+    "TokenLoss",
+    "VocabParallelEmbedding",
+    "VocabParallelHead",
+    "join_logits",
+    "vocab_cross_entropy",
+    "vocab_parallel_logits",
+]

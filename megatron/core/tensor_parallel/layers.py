@@ -1,7 +1,12 @@
-"""Linear layer and embedding that know their logical axes, logical matrices and initial distribution.
+"""Linear layers and embeddings that know their logical axes, logical matrices and initial distribution.
 
-Parameters may be fp32 while activations are bf16, so weights are cast to the activations' dtype where they are used;
-with equal dtypes (FSDP2's mixed precision has cast already) that costs nothing.
+Layers are built with global shapes and sharded afterwards (`core.parameters.shard_parameters`): the axes say which
+dimension of a weight the tensor-parallel ranks divide, and the layer's class what that needs of the activations.
+
+Parameters may be fp32 while activations are bf16 or fp16, so weights are cast to the activations' dtype where they are
+used; with equal dtypes (FSDP2's mixed precision has cast already) that costs nothing.
+
+Shapes: b batch, s sequence, s' this rank's part of the sequence under sequence parallelism (else s), h hidden.
 """
 
 from __future__ import annotations
@@ -10,11 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.core.parameters import Init, ParamSpec
+from megatron.core.parameters import Init, ParamSpec, local_tensor
+from megatron.core.tensor_parallel.handle import TensorParallel
+
+# A row-parallel product of fp16 is computed this much smaller: T5's feed-forward outputs exceed fp16's largest number.
+FP16_PRODUCT_SCALE = 2.0**-4
 
 
 class Linear(nn.Module):
     """`y = x W^T (+ b)` with one or more logical matrices fused along the rows of `W`.
+
+    With rows divided among ranks, each computes its own outputs from the whole input, whose gradient is then a sum over
+    the ranks that the caller takes care of; `ColumnParallelLinear` does.
 
     Args:
         in_features: Width of the input.
@@ -24,6 +36,7 @@ class Linear(nn.Module):
         matrices: Names of the fused logical matrices.
         block: Consecutive rows that belong to one logical matrix.
         bias: Add a bias, initially zero.
+        tensor_parallel: The ranks.
     """
 
     def __init__(
@@ -36,8 +49,10 @@ class Linear(nn.Module):
         matrices: tuple[str, ...] = ("weight",),
         block: int = 1,
         bias: bool = False,
+        tensor_parallel: TensorParallel,
     ) -> None:
         super().__init__()
+        self.tensor_parallel = tensor_parallel
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.parameter_specs = {"weight": ParamSpec(axes, init, matrices, block)}
         self.bias: nn.Parameter | None = None
@@ -47,12 +62,71 @@ class Linear(nn.Module):
             self.parameter_specs["bias"] = ParamSpec(axes[:1], zeros, matrices, block, weight_decay=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        """`[..., in_features]` to `[..., out_features]` (this rank's share of them), in the dtype of `x`."""
+        bias = None if self.bias is None else local_tensor(self.bias).to(x.dtype)
+        return self.tensor_parallel.linear(x, local_tensor(self.weight).to(x.dtype), bias)
+
+
+class ColumnParallelLinear(Linear):
+    """A linear layer whose outputs the ranks divide.
+
+    Under sequence parallelism the input is gathered and the gathered input kept for the weight's gradient: `b s h`
+    numbers for each column-parallel product of a layer, not `b s' h`. Gathering again in the backward pass would spare
+    them, but binds the gradients of input and weight together, which zero-bubble schedules compute apart.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[b, s', in_features]` to `[b, s, out_features / ranks]`."""
+        return super().forward(self.tensor_parallel.enter(x))
+
+
+class RowParallelLinear(Linear):
+    """A linear layer whose inputs the ranks divide; the products are summed over the ranks, the bias added once.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        axes: Logical names of the weight's two dimensions (output, input).
+        init: Initial distribution of the weight.
+        bias: Add a bias, initially zero.
+        tensor_parallel: The ranks.
+        output_dtype: Dtype of the result and of the sum over the ranks; that of the input if not given.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str, str],
+        init: Init,
+        bias: bool = False,
+        tensor_parallel: TensorParallel,
+        output_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, axes=axes, init=init, bias=bias, tensor_parallel=tensor_parallel)
+        self.output_dtype = output_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[b, s, in_features / ranks]` to `[b, s', out_features]`."""
+        weight = local_tensor(self.weight).to(x.dtype)
+        bias = None if self.bias is None else local_tensor(self.bias).to(self.output_dtype or x.dtype)
+        if self.tensor_parallel.size == 1 and self.output_dtype in (None, x.dtype):
+            return self.tensor_parallel.linear(x, weight, bias)
+        product = self.tensor_parallel.leave(self._product(x, weight))
+        return product if bias is None else product + bias
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        linear = self.tensor_parallel.linear
+        if self.output_dtype is None:
+            return linear(x, weight)
+        if x.dtype != torch.float16:
+            return linear(x, weight).to(self.output_dtype)
+        return linear(x * FP16_PRODUCT_SCALE, weight).to(self.output_dtype) * (1.0 / FP16_PRODUCT_SCALE)
 
 
 class Embedding(nn.Module):
-    """Table of vectors looked up by id.
+    """Table of vectors, the same on all ranks.
 
     Args:
         num_embeddings: Rows of the table.
@@ -69,6 +143,105 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
         self.parameter_specs = {"weight": ParamSpec((axis, "embed"), init, weight_decay=weight_decay)}
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Integer ids `[...]` to vectors `[..., embedding_dim]` in the table's dtype."""
-        return F.embedding(ids, self.weight)
+    def rows(self, start: int, count: int) -> Tensor:
+        """Rows `start .. start + count`, zeros beyond the table: `[count, embedding_dim]`."""
+        weight = local_tensor(self.weight)[start : start + count]
+        return F.pad(weight, (0, 0, 0, count - len(weight))) if len(weight) < count else weight
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Table of vectors looked up by id, its rows divided among the ranks (and padded to divide).
+
+    Args:
+        num_embeddings: Rows that mean something.
+        embedding_dim: Width of a row.
+        init: Initial distribution.
+        tensor_parallel: The ranks.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, init: Init, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self.tensor_parallel = tensor_parallel
+        rows = tensor_parallel.round_up(num_embeddings)
+        self.weight = nn.Parameter(torch.empty(rows, embedding_dim))
+        self.parameter_specs = {"weight": vocabulary_spec(num_embeddings, rows, init)}
+
+    def forward(self, *ids: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Each of the integer ids `[b, s]` to vectors `[b, s', embedding_dim]`, padded with the vector of id 0.
+
+        All are one lookup and one collective, and the backward pass makes one gradient of the table's size.
+
+        Args:
+            ids: Any number of them; each has its own length.
+            dtype: Dtype of the vectors; the table's if not given.
+        """
+        parallel = self.tensor_parallel
+        num_parts = parallel.size if parallel.sequence_parallel else 1
+        parts = []  # [p, b, s'] each: outermost the rank that receives the part
+        for each in ids:
+            padded = F.pad(each, (0, parallel.padded_length(each.shape[1]) - each.shape[1]))
+            parts.append(padded.unflatten(1, (num_parts, -1)).movedim(1, 0))
+        lengths = [part[0].numel() for part in parts]
+        vectors = self._lookup(torch.cat([part.flatten(1) for part in parts], dim=1).flatten())  # [p b s', h]
+        if dtype is not None:  # exact before the sum, in which each vector has one summand that is not zero
+            vectors = vectors.to(dtype)
+        if parallel.size > 1:
+            vectors = parallel.leave(vectors[None])[0]  # [b s', h]
+        return tuple(
+            vector.unflatten(0, part.shape[1:]) for vector, part in zip(vectors.split(lengths), parts, strict=True)
+        )
+
+    def _lookup(self, ids: Tensor) -> Tensor:
+        """`[n]` to `[n, h]`, zeros where another rank has the row."""
+        weight = local_tensor(self.weight)
+        if self.tensor_parallel.size == 1:
+            return F.embedding(ids, weight)
+        local = ids - self.tensor_parallel.rank * len(weight)
+        elsewhere = (local < 0) | (local >= len(weight))
+        return F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[:, None], 0.0)
+
+
+def vocabulary_spec(num_valid: int, num_rows: int, init: Init) -> ParamSpec:
+    """Spec of a table of the vocabulary, of whose `num_rows` rows the first `num_valid` mean something."""
+    return ParamSpec(("vocab", "embed"), init, valid_rows=None if num_rows == num_valid else num_valid)
+
+
+class VocabParallelHead(nn.Module):
+    """Weight of the projection to the vocabulary, its rows divided among the ranks (see `vocab_parallel_logits`).
+
+    Args:
+        hidden_size: Width of the input.
+        num_embeddings: Rows that mean something.
+        init: Initial distribution.
+        tensor_parallel: The ranks.
+    """
+
+    def __init__(self, hidden_size: int, num_embeddings: int, *, init: Init, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        rows = tensor_parallel.round_up(num_embeddings)
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size))
+        self.parameter_specs = {"weight": vocabulary_spec(num_embeddings, rows, init)}
+
+
+def vocab_parallel_logits(hidden: Tensor, weight: Tensor, num_embeddings: int, parallel: TensorParallel) -> Tensor:
+    """This rank's logits `[b, t, v']` of `hidden` `[b, t, h]`, without those of rows that pad the vocabulary.
+
+    Args:
+        hidden: Input of a column-parallel product.
+        weight: Table of the vocabulary, maybe tied: all its rows, or a DTensor.
+        num_embeddings: Rows of the table that mean something.
+        parallel: The ranks.
+    """
+    local = local_tensor(weight)
+    valid = min(len(local), num_embeddings - parallel.rank * len(local))
+    assert valid > 0, f"{num_embeddings} ids leave nothing for rank {parallel.rank} of {parallel.size}"
+    if valid < len(local):
+        local = local[:valid]
+    return parallel.linear(hidden, local.to(hidden.dtype))
+
+
+def join_logits(logits: Tensor, num_embeddings: int, parallel: TensorParallel) -> Tensor:
+    """The ranks' logits of `vocab_parallel_logits` to all of them, `[b, t, num_embeddings]`, on every rank."""
+    missing = parallel.round_up(num_embeddings) // parallel.size - logits.shape[-1]
+    joined = parallel.join_last(F.pad(logits, (0, missing)) if missing else logits)
+    return joined if joined.shape[-1] == num_embeddings else joined[..., :num_embeddings]

@@ -1,12 +1,16 @@
 """Self-attention of the encoder, self-attention of the decoder, cross-attention.
 
-Shapes: b batch, s sequence (q queries, k keys where they differ), h hidden, n heads, d channels of a head.
+Shapes: b batch, s sequence (q queries, k keys where they differ), h hidden, n heads, d channels of a head; of several
+tensor-parallel ranks, n is a rank's share of the heads. Blocks take and return s' (or t' of the decoder), a rank's part
+of the sequence under sequence parallelism.
 
 Fused projections keep the heads outermost in their rows, `(head, q|k|v, d)`, so that consecutive rows are whole heads
 and a split of dimension 0 gives each rank its heads.
 """
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from megatron.core.config import ComputeConfig, ModelConfig
-from megatron.core.tensor_parallel import Linear
+from megatron.core.tensor_parallel import ColumnParallelLinear, Linear, RowParallelLinear, TensorParallel
 from megatron.core.transformer.initialization import matrix_init, residual_output_init
+from megatron.core.transformer.precision import residual_dtype
 from megatron.core.transformer.rotary import RotaryAngles, apply_rotary
 
 # cuDNN's backward gives NaN gradients for unscaled scores with a bias at some lengths (pytorch issue 196678).
@@ -56,38 +61,47 @@ class Attention(nn.Module):
         config: Sizes and options.
         compute: Backend and recomputation.
         num_layers: Layers of the stack this belongs to, for the initialisation of the output projection.
+        tensor_parallel: The ranks, which divide the heads.
     """
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, num_layers: int) -> None:
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, num_layers: int, tensor_parallel: TensorParallel
+    ) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
+        self.tensor_parallel = tensor_parallel
+        self.num_heads = config.num_attention_heads // tensor_parallel.size
         self.head_dim = config.kv_channels
         self.scale = self.head_dim**-0.5 if config.scale_attention_scores else 1.0
         self.dropout = config.attention_dropout
         self.backend = compute.attention_backend
         self.recompute = compute.recompute_granularity == "selective"
-        self.o = Linear(
+        self.o = RowParallelLinear(
             config.inner_size,
             config.hidden_size,
             axes=("embed", "heads"),
             init=residual_output_init(config, config.inner_size**-0.5, num_layers),
             bias=config.add_bias_linear,
+            tensor_parallel=tensor_parallel,
+            output_dtype=residual_dtype(compute),
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """`query` `[b, q, n, d]`, `key`, `value` `[b, k, n, d]`, `bias` broadcast to `[b, n, q, k]`: `[b, q, h]`."""
+        """`query` `[b, q, n, d]`, `key`, `value` `[b, k, n, d]`, `bias` broadcast to `[b, n, q, k]`: `[b, q', h]`."""
         unfused = self.backend == "unfused" or (self.backend == "auto" and not query.is_cuda)
         attention = unfused_attention if unfused else sdpa_attention
         dropout = self.dropout if self.training else 0.0
         inputs = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, self.scale, dropout)
-        if self.recompute and torch.is_grad_enabled():
-            context = checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
-        else:
-            context = attention(*inputs)
-        return self.o(context.transpose(1, 2).flatten(2))  # [b, n, q, d] -> [b, q, n d] -> [b, q, h]
+        with self.tensor_parallel.split_dropout() if dropout else nullcontext():
+            if self.recompute and torch.is_grad_enabled():
+                context = checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
+            else:
+                context = attention(*inputs)
+        return self.o(context.transpose(1, 2).flatten(2))  # [b, n, q, d] -> [b, q, n d] -> [b, q', h]
 
 
-def _projection(config: ModelConfig, names: tuple[str, ...]) -> Linear:
+def _projection(
+    config: ModelConfig, names: tuple[str, ...], tensor_parallel: TensorParallel, linear: type[Linear]
+) -> Linear:
     """Fused projection to the logical matrices `names`, rows `(head, name, d)`.
 
     T5X folds the 1 / sqrt(d) of scaled attention into the initial query projection; when the scores are scaled
@@ -96,7 +110,7 @@ def _projection(config: ModelConfig, names: tuple[str, ...]) -> Linear:
     hidden, head_dim = config.hidden_size, config.kv_channels
     query_std = hidden**-0.5 if config.scale_attention_scores else (hidden * head_dim) ** -0.5
     stds = {"q": query_std, "k": hidden**-0.5, "v": hidden**-0.5}
-    return Linear(
+    return linear(
         hidden,
         len(names) * config.inner_size,
         axes=("heads", "embed"),
@@ -104,16 +118,19 @@ def _projection(config: ModelConfig, names: tuple[str, ...]) -> Linear:
         matrices=names,
         block=head_dim,
         bias=config.add_bias_linear,
+        tensor_parallel=tensor_parallel,
     )
 
 
 class _SelfAttention(Attention):
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, num_layers: int) -> None:
-        super().__init__(config, compute, num_layers)
-        self.qkv = _projection(config, ("q", "k", "v"))
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, num_layers: int, tensor_parallel: TensorParallel
+    ) -> None:
+        super().__init__(config, compute, num_layers, tensor_parallel)
+        self.qkv = _projection(config, ("q", "k", "v"), tensor_parallel, ColumnParallelLinear)
 
     def forward(self, hidden: Tensor, bias: Tensor | None, rotary: RotaryAngles | None) -> Tensor:
-        """`hidden` `[b, s, h]` to `[b, s, h]`; `bias` is added to the scores and carries every mask."""
+        """`hidden` `[b, s', h]` to `[b, s', h]`; `bias` is added to the scores and carries every mask."""
         fused = self.qkv(hidden).unflatten(-1, (self.num_heads, 3, self.head_dim))  # [b, s, n, 3, d]
         query, key, value = fused.unbind(-2)
         if rotary is not None:
@@ -132,13 +149,16 @@ class DecoderSelfAttention(_SelfAttention):
 class CrossAttention(Attention):
     """Attention of decoder positions to the encoder output; T5 gives it no position information."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, num_layers: int) -> None:
-        super().__init__(config, compute, num_layers)
-        self.q = _projection(config, ("q",))
-        self.kv = _projection(config, ("k", "v"))
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, num_layers: int, tensor_parallel: TensorParallel
+    ) -> None:
+        super().__init__(config, compute, num_layers, tensor_parallel)
+        self.q = _projection(config, ("q",), tensor_parallel, ColumnParallelLinear)
+        # The stack has brought the encoder output to the ranks, once for all layers (`TensorParallel.enter`).
+        self.kv = _projection(config, ("k", "v"), tensor_parallel, Linear)
 
     def forward(self, hidden: Tensor, encoder_output: Tensor, bias: Tensor | None) -> Tensor:
-        """`hidden` `[b, t, h]` and `encoder_output` `[b, s, h]` to `[b, t, h]`."""
+        """`hidden` `[b, t', h]` and `encoder_output` `[b, s, h]`, whole on every rank, to `[b, t', h]`."""
         query = self.q(hidden).unflatten(-1, (self.num_heads, self.head_dim))  # [b, t, n, d]
         fused = self.kv(encoder_output).unflatten(-1, (self.num_heads, 2, self.head_dim))  # [b, s, n, 2, d]
         key, value = fused.unbind(-2)

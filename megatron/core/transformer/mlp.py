@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.core.config import ModelConfig
-from megatron.core.tensor_parallel import Linear
+from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from megatron.core.transformer.initialization import matrix_init, residual_output_init
+from megatron.core.transformer.precision import residual_dtype
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -22,39 +23,47 @@ class MLP(nn.Module):
 
     Args:
         config: Sizes and options.
+        compute: Precision.
         num_layers: Layers of the stack this belongs to, for the initialisation of the output projection.
+        tensor_parallel: The ranks, which divide the units.
     """
 
-    def __init__(self, config: ModelConfig, num_layers: int) -> None:
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, num_layers: int, tensor_parallel: TensorParallel
+    ) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.ffn_hidden_size
         self.activation = config.activation_function
         self.gated = config.gated
         self.dropout = config.hidden_dropout
         matrices = ("gate", "up") if self.gated else ("weight",)
-        self.wi = Linear(
+        self.tensor_parallel = tensor_parallel
+        self.wi = ColumnParallelLinear(
             hidden,
             len(matrices) * inner,
             axes=("mlp", "embed"),
             init=matrix_init(config, *(hidden**-0.5 for _ in matrices), truncated=True),
             matrices=matrices,
             bias=config.add_bias_linear,
+            tensor_parallel=tensor_parallel,
         )
-        self.wo = Linear(
+        self.wo = RowParallelLinear(
             inner,
             hidden,
             axes=("embed", "mlp"),
             init=residual_output_init(config, inner**-0.5, num_layers, truncated=True),
             bias=config.add_bias_linear,
+            tensor_parallel=tensor_parallel,
+            output_dtype=residual_dtype(compute),
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`[b, s, h]` to `[b, s, h]`."""
+        """`[b, s', h]` to `[b, s', h]`, s' this rank's part of the sequence under sequence parallelism."""
         inner = self.wi(hidden)
         if self.gated:
-            # [b, s, 2 f] -> [2, b, s, f]: the activation runs many times slower on strided input than this copy takes.
+            # [b, s, 2 f'] -> [2, b, s, f']: the activation loses more time on strided input than this copy takes.
             gate, up = inner.unflatten(-1, (-1, 2)).movedim(-1, 0).contiguous()
             inner = activate(gate, self.activation) * up
         else:
             inner = activate(inner, self.activation)
-        return self.wo(F.dropout(inner, self.dropout, self.training))
+        return self.wo(self.tensor_parallel.dropout(inner, self.dropout, self.training))

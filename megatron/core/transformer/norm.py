@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.core.config import ModelConfig
-from megatron.core.parameters import Init, ParamSpec
+from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.parameters import Init, ParamSpec, local_tensor
+from megatron.core.transformer.precision import compute_dtype
 
 ONES = ParamSpec(("embed",), Init("constant", (1.0,)), weight_decay=False)
 ZEROS = ParamSpec(("embed",), Init("constant", (0.0,)), weight_decay=False)
@@ -17,35 +18,44 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + epsilon) * weight`: no mean, no bias (Zhang and Sennrich 2019), as T5 has it.
 
     The statistics are fp32 whatever the dtype of `x`; the weight multiplies after the cast back, as in T5X.
+
+    Args:
+        hidden_size: Width of the input.
+        epsilon: Added to the mean square.
+        output_dtype: Dtype of the result; that of the input if not given.
     """
 
-    def __init__(self, hidden_size: int, epsilon: float) -> None:
+    def __init__(self, hidden_size: int, epsilon: float, output_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.parameter_specs = {"weight": ONES}
         self.epsilon = epsilon
+        self.output_dtype = output_dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., h]` to `[..., h]`."""
-        return F.rms_norm(x, self.weight.shape, eps=self.epsilon) * self.weight.to(x.dtype)
+        normed = F.rms_norm(x, self.weight.shape, eps=self.epsilon) * local_tensor(self.weight).to(x.dtype)
+        return normed.to(self.output_dtype or x.dtype)
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with weight and bias, an option that T5 does not use."""
+    """Layer normalisation with weight and bias, an option that T5 does not use; arguments as of `RMSNorm`."""
 
-    def __init__(self, hidden_size: int, epsilon: float) -> None:
+    def __init__(self, hidden_size: int, epsilon: float, output_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.bias = nn.Parameter(torch.empty(hidden_size))
         self.parameter_specs = {"weight": ONES, "bias": ZEROS}
         self.epsilon = epsilon
+        self.output_dtype = output_dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., h]` to `[..., h]`."""
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.epsilon)
+        weight, bias = local_tensor(self.weight).to(x.dtype), local_tensor(self.bias).to(x.dtype)
+        return F.layer_norm(x, self.weight.shape, weight, bias, self.epsilon).to(self.output_dtype or x.dtype)
 
 
-def build_norm(config: ModelConfig) -> nn.Module:
-    """The normalisation that `--normalization` names."""
+def build_norm(config: ModelConfig, compute: ComputeConfig) -> nn.Module:
+    """The normalisation that `--normalization` names, from the residual stream to the dtype of matrix products."""
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
-    return norm(config.hidden_size, config.norm_epsilon)
+    return norm(config.hidden_size, config.norm_epsilon, compute_dtype(compute))

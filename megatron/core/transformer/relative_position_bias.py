@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
-from megatron.core.parameters import Init, ParamSpec
-from megatron.core.transformer.attention_bias import MASKED_SCORE
+from megatron.core.parameters import Init, ParamSpec, local_tensor
+from megatron.core.transformer.attention_bias import masked_score
 from megatron.core.transformer.initialization import matrix_init
 
 
@@ -42,11 +42,11 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nn.Module):
-    """The bias table of one stack.
+    """The bias table of one stack, its heads divided among the tensor-parallel ranks.
 
     Args:
         config: Heads, buckets and largest distance.
-        bidirectional: True for the encoder. The decoder's bias is causal: keys after the query get `MASKED_SCORE`, so
+        bidirectional: True for the encoder. The decoder's bias is causal: keys after the query get `masked_score`, so
             that its causal mask costs nothing more.
     """
 
@@ -64,7 +64,7 @@ class RelativePositionBias(nn.Module):
         self.parameter_specs = {"weight": ParamSpec(("heads", "buckets"), init, weight_decay=False)}
 
     def forward(self, length: int, dtype: torch.dtype) -> Tensor:
-        """Additive bias `[1, n, length, length]` (query, key) in `dtype`."""
+        """Additive bias `[1, n', length, length]` (query, key) in `dtype`, for the n' heads of this rank."""
         distances = torch.arange(1 - length, length, device=self.weight.device)
         buckets = relative_position_bucket(
             distances,
@@ -72,8 +72,8 @@ class RelativePositionBias(nn.Module):
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
-        values = self.weight[:, buckets]  # [n, 2 length - 1], by ascending key - query
+        values = local_tensor(self.weight)[:, buckets]  # [n', 2 length - 1], by ascending key - query
         if not self.bidirectional:
-            values = values.masked_fill(distances > 0, MASKED_SCORE)
+            values = values.masked_fill(distances > 0, masked_score(dtype))
         # Window i of the values holds the distances -(length - 1) + i ..., which is the row of query length - 1 - i.
         return values.unfold(-1, length, 1).flip(-2).to(dtype).unsqueeze(0)

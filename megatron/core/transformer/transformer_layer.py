@@ -1,4 +1,8 @@
-"""Encoder and decoder layer: pre-norm sub-layers, each added to the residual stream after dropout."""
+"""Encoder and decoder layer: pre-norm sub-layers, each added to the residual stream after dropout.
+
+Shapes: b batch, s encoder length, t decoder length, h hidden, n heads of this rank; s' and t' this rank's parts of the
+sequences under sequence parallelism, else s and t.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.norm import build_norm
@@ -15,16 +20,16 @@ from megatron.core.transformer.rotary import RotaryAngles
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.self_attention_norm = build_norm(config)
-        self.self_attention = EncoderSelfAttention(config, compute, config.encoder_num_layers)
-        self.mlp_norm = build_norm(config)
-        self.mlp = MLP(config, config.encoder_num_layers)
+        self.self_attention_norm = build_norm(config, compute)
+        self.self_attention = EncoderSelfAttention(config, compute, config.encoder_num_layers, tensor_parallel)
+        self.mlp_norm = build_norm(config, compute)
+        self.mlp = MLP(config, compute, config.encoder_num_layers, tensor_parallel)
 
     def forward(self, hidden: Tensor, bias: Tensor | None, rotary: RotaryAngles | None) -> Tensor:
-        """`hidden` `[b, s, h]` to `[b, s, h]`; `bias` broadcasts to `[b, n, s, s]`."""
+        """`hidden` `[b, s', h]` to `[b, s', h]`; `bias` broadcasts to `[b, n, s, s]`."""
         attended = self.self_attention(self.self_attention_norm(hidden), bias, rotary)
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
         return hidden + F.dropout(self.mlp(self.mlp_norm(hidden)), self.dropout, self.training)
@@ -33,15 +38,15 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Causal self-attention, cross-attention to the encoder output, feed-forward."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig) -> None:
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.self_attention_norm = build_norm(config)
-        self.self_attention = DecoderSelfAttention(config, compute, config.decoder_num_layers)
-        self.cross_attention_norm = build_norm(config)
-        self.cross_attention = CrossAttention(config, compute, config.decoder_num_layers)
-        self.mlp_norm = build_norm(config)
-        self.mlp = MLP(config, config.decoder_num_layers)
+        self.self_attention_norm = build_norm(config, compute)
+        self.self_attention = DecoderSelfAttention(config, compute, config.decoder_num_layers, tensor_parallel)
+        self.cross_attention_norm = build_norm(config, compute)
+        self.cross_attention = CrossAttention(config, compute, config.decoder_num_layers, tensor_parallel)
+        self.mlp_norm = build_norm(config, compute)
+        self.mlp = MLP(config, compute, config.decoder_num_layers, tensor_parallel)
 
     def forward(
         self,
@@ -51,7 +56,7 @@ class DecoderLayer(nn.Module):
         cross_bias: Tensor | None,
         rotary: RotaryAngles | None,
     ) -> Tensor:
-        """`hidden` `[b, t, h]` and `encoder_output` `[b, s, h]` to `[b, t, h]`.
+        """`hidden` `[b, t', h]` and `encoder_output` `[b, s, h]`, whole on every rank, to `[b, t', h]`.
 
         `bias` broadcasts to `[b, n, t, t]` and hides future keys, `cross_bias` to `[b, n, t, s]`.
         """

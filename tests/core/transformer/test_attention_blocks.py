@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.core.config import ModelConfig
+from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.parameters import initialize_parameters
+from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.attention import sdpa_attention, unfused_attention
 from megatron.core.transformer.attention_bias import MASKED_SCORE, masked_bias, visible_keys
 from megatron.core.transformer.mlp import MLP
@@ -111,7 +112,7 @@ def test_layer_norm_starts_as_standardisation():
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gated-gelu", "gated-silu"])
 def test_mlp_equals_its_unfused_matrices(activation):
-    mlp = MLP(config(activation_function=activation, ffn_hidden_size=20), num_layers=1).double()
+    mlp = MLP(config(activation_function=activation, ffn_hidden_size=20), ComputeConfig(), 1, TensorParallel()).double()
     initialize_parameters(mlp, seed=0)
     act = {
         "relu": torch.relu,

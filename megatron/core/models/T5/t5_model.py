@@ -1,6 +1,8 @@
 """T5 (Raffel et al. 2020): an encoder and a decoder stack over one embedding, and a head over the vocabulary.
 
 Shapes: b batch, s encoder length, t decoder length, h hidden, n heads, V rows of the embedding (padded vocabulary).
+Primed ones are a tensor-parallel rank's part: n' of the heads, V' of the vocabulary; under sequence parallelism s' and
+t' of the sequences, padded to a multiple of the ranks, otherwise they are s and t.
 
 The model is a list of units (`t5_units`): embedding, encoder layers, encoder norm, embedding again, decoder layers,
 decoder norm, head. The stacks take embedded hidden states and the decoder takes the encoder output explicitly, so that
@@ -19,10 +21,26 @@ from torch.utils.checkpoint import checkpoint
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_units import Units
-from megatron.core.tensor_parallel import Embedding, Linear, TokenLoss, vocab_cross_entropy
-from megatron.core.transformer.attention_bias import causal_bias, effective_segments, masked_bias, visible_keys
+from megatron.core.tensor_parallel import (
+    Embedding,
+    TensorParallel,
+    TokenLoss,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    join_logits,
+    vocab_cross_entropy,
+    vocab_parallel_logits,
+)
+from megatron.core.transformer.attention_bias import (
+    causal_bias,
+    effective_segments,
+    masked_bias,
+    pad_masks,
+    visible_keys,
+)
 from megatron.core.transformer.initialization import matrix_init
 from megatron.core.transformer.norm import build_norm
+from megatron.core.transformer.precision import compute_dtype, residual_dtype
 from megatron.core.transformer.relative_position_bias import RelativePositionBias
 from megatron.core.transformer.rotary import RotaryAngles, rotary_angles
 from megatron.core.transformer.transformer_layer import DecoderLayer, EncoderLayer
@@ -34,7 +52,7 @@ class T5Output(NamedTuple):
     Attributes:
         logits: `[b, t, V]` in the compute dtype; None when labels were given.
         loss: Unreduced loss terms `[b, t]`; None without labels.
-        encoder_output: `[b, s, h]`.
+        encoder_output: `[b, s', h]`.
     """
 
     logits: Tensor | None
@@ -48,13 +66,18 @@ class T5Embedding(nn.Module):
     T5 v1.0 reads the same matrix a third time as the head, for which no positions are needed.
     """
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, has_positions: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, tensor_parallel: TensorParallel, *, has_positions: bool
+    ) -> None:
         super().__init__()
         hidden = config.hidden_size
+        self.tensor_parallel = tensor_parallel
         self.dropout = config.hidden_dropout
-        self.compute_dtype = torch.bfloat16 if compute.bf16 else None
+        self.residual_dtype = residual_dtype(compute)
         init = matrix_init(config, 1.0)
-        self.word_embeddings = Embedding(config.padded_vocab_size, hidden, axis="vocab", init=init)
+        self.word_embeddings = VocabParallelEmbedding(
+            config.padded_vocab_size, hidden, init=init, tensor_parallel=tensor_parallel
+        )
         self.position_embeddings: Embedding | None = None
         if has_positions and config.position_embedding_type == "learned_absolute":
             self.position_embeddings = Embedding(
@@ -62,28 +85,29 @@ class T5Embedding(nn.Module):
             )
 
     def forward(self, *input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Each of the ids `[b, s]` to `[b, s, h]` in the compute dtype.
+        """Each of the ids `[b, s]` to `[b, s', h]` in the dtype of the residual stream.
 
         Encoder and decoder ids together are one lookup, whose backward makes one gradient of the table's size.
 
         Raises:
             UserError: A sequence is longer than the table of learned positions.
         """
-        words = self.word_embeddings(torch.cat([ids.flatten() for ids in input_ids]))
-        parts = words.split([ids.numel() for ids in input_ids])
-        return tuple(self._finish(part.unflatten(0, ids.shape)) for part, ids in zip(parts, input_ids, strict=True))
+        # Positions are added in the table's dtype, so words are cast before them only where there are none.
+        dtype = self.residual_dtype if self.position_embeddings is None else None
+        words = self.word_embeddings(*input_ids, dtype=dtype)
+        return tuple(self._finish(part, ids.shape[1]) for part, ids in zip(words, input_ids, strict=True))
 
-    def _finish(self, hidden: Tensor) -> Tensor:
+    def _finish(self, hidden: Tensor, length: int) -> Tensor:
         if self.position_embeddings is not None:
-            length, rows = hidden.shape[1], self.position_embeddings.weight.shape[0]
+            rows = self.position_embeddings.weight.shape[0]
             if length > rows:
                 raise UserError(
                     f"--max-position-embeddings is {rows}, but a sequence has {length} tokens; "
                     f"give at least {length} or shorten the sequences"
                 )
-            hidden = hidden + self.position_embeddings.weight[:length]
-        if self.compute_dtype is not None:
-            hidden = hidden.to(self.compute_dtype)
+            first = self.tensor_parallel.rank * hidden.shape[1] if self.tensor_parallel.sequence_parallel else 0
+            hidden = hidden + self.position_embeddings.rows(first, hidden.shape[1])
+            hidden = hidden.to(self.residual_dtype or hidden.dtype)
         return F.dropout(hidden, self.dropout, self.training)
 
 
@@ -94,6 +118,7 @@ class _Stack(nn.Module):
         self,
         config: ModelConfig,
         compute: ComputeConfig,
+        tensor_parallel: TensorParallel,
         layers: dict[str, nn.Module],
         *,
         bidirectional: bool,
@@ -101,27 +126,42 @@ class _Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.recompute = compute.recompute_granularity == "full"
+        self.tensor_parallel = tensor_parallel
+        self.compute_dtype = compute_dtype(compute)
+        self.groups = recomputation_groups(compute, len(layers))
         self.dropout = config.hidden_dropout
+        self.has_dropout = config.hidden_dropout > 0 or config.attention_dropout > 0
         self.relative_attention_bias: RelativePositionBias | None = None
         if config.position_embedding_type == "relative" and layers:
             self.relative_attention_bias = RelativePositionBias(config, bidirectional=bidirectional)
         self.layers = nn.ModuleDict(layers)
-        self.final_norm = build_norm(config) if has_final_norm else None
+        self.final_norm = build_norm(config, compute) if has_final_norm else None
 
-    def rotary(self, hidden: Tensor) -> RotaryAngles | None:
-        """Rotary angles for the positions of `hidden` `[b, s, h]`, or None when positions are not rotary."""
+    def padding(self, length: int) -> int:
+        """Tokens that sequence parallelism adds to a sequence of `length`."""
+        return self.tensor_parallel.padded_length(length) - length
+
+    def rotary(self, length: int, device: torch.device, dtype: torch.dtype) -> RotaryAngles | None:
+        """Rotary angles for `length` positions, or None when positions are not rotary."""
         if self.config.position_embedding_type != "rope":
             return None
-        return rotary_angles(self.config, hidden.shape[1], hidden.device, hidden.dtype)
+        return rotary_angles(self.config, length, device, dtype)
 
     def run_layers(self, hidden: Tensor, *arguments: Any) -> Tensor:
-        """All layers in turn, recomputing each in the backward pass if asked for; `[b, s, h]` to `[b, s, h]`."""
-        for layer in self.layers.values():
-            if self.recompute and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, *arguments, use_reentrant=False)
+        """All layers in turn, recomputing groups of them in the backward pass if asked for; `[b, s', h]` each way."""
+        layers = list(self.layers.values())
+        for group, recompute in self.groups:
+            if recompute and torch.is_grad_enabled():
+                hidden = checkpoint(
+                    _run,
+                    [layers[i] for i in group],
+                    hidden,
+                    *arguments,
+                    use_reentrant=False,
+                    preserve_rng_state=self.training and self.has_dropout,
+                )
             else:
-                hidden = layer(hidden, *arguments)
+                hidden = _run([layers[i] for i in group], hidden, *arguments)
         return hidden
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -131,81 +171,136 @@ class _Stack(nn.Module):
         return F.dropout(self.final_norm(hidden), self.dropout, self.training)
 
 
+def _run(layers: list[nn.Module], hidden: Tensor, *arguments: Any) -> Tensor:
+    for layer in layers:
+        hidden = layer(hidden, *arguments)
+    return hidden
+
+
+def recomputation_groups(compute: ComputeConfig, num_layers: int) -> list[tuple[range, bool]]:
+    """Consecutive layers of a stack (or of a stage's part of it) that are run together, and whether to recompute them.
+
+    Recomputing keeps a group's input only and runs the group again in the backward pass. `uniform`: groups of
+    `recompute_num_layers` (default 1). `block`: the first `recompute_num_layers` (default all), each by itself.
+    """
+    if compute.recompute_granularity != "full":
+        return [(range(num_layers), False)]
+    if compute.recompute_method == "block":
+        count = min(compute.recompute_num_layers or num_layers, num_layers)
+        return [(range(i, i + 1), True) for i in range(count)] + [(range(count, num_layers), False)]
+    size = compute.recompute_num_layers or 1
+    return [(range(start, min(start + size, num_layers)), True) for start in range(0, num_layers, size)]
+
+
 class T5Encoder(_Stack):
     """Bidirectional stack, or the part of it that `units` names."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, units: range) -> None:
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, units: range, tensor_parallel: TensorParallel
+    ) -> None:
         numbers = Units.of(config)
         layers: dict[str, nn.Module] = {
-            str(i): EncoderLayer(config, compute) for i, unit in enumerate(numbers.encoder_layers) if unit in units
+            str(i): EncoderLayer(config, compute, tensor_parallel)
+            for i, unit in enumerate(numbers.encoder_layers)
+            if unit in units
         }
         has_norm = numbers.encoder_norm in units
-        super().__init__(config, compute, layers, bidirectional=True, has_final_norm=has_norm)
+        super().__init__(config, compute, tensor_parallel, layers, bidirectional=True, has_final_norm=has_norm)
 
-    def forward(self, hidden: Tensor, *, mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
-        """Embedded tokens `[b, s, h]` to the encoder output `[b, s, h]`.
+    def forward(
+        self, hidden: Tensor, length: int, *, mask: Tensor | None = None, segment_ids: Tensor | None = None
+    ) -> Tensor:
+        """Embedded tokens `[b, s', h]` to the encoder output `[b, s', h]`.
 
         Args:
-            hidden: `[b, s, h]`.
+            hidden: `[b, s', h]`.
+            length: s; sequence parallelism may have padded the sequence.
             mask: bool `[b, s]`, True for real tokens; None when there is no padding.
             segment_ids: `[b, s]`, documents of packed rows from 1, 0 for padding.
         """
+        dtype, padding = self.compute_dtype or hidden.dtype, self.padding(length)
+        mask, segment_ids = pad_masks(mask, segment_ids, length, padding, hidden.device)
+        length += padding
         bias = None
         if self.relative_attention_bias is not None:
-            bias = self.relative_attention_bias(hidden.shape[1], hidden.dtype)
+            bias = self.relative_attention_bias(length, dtype)
         segments = effective_segments(mask, segment_ids)
-        bias = masked_bias(bias, visible_keys(segments, segments, mask), hidden.dtype)
-        return self.finish(self.run_layers(hidden, bias, self.rotary(hidden)))
+        bias = masked_bias(bias, visible_keys(segments, segments, mask), dtype)
+        return self.finish(self.run_layers(hidden, bias, self.rotary(length, hidden.device, dtype)))
 
 
 class T5Decoder(_Stack):
     """Causal stack with cross-attention to the encoder output, or the part of it that `units` names."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, units: range) -> None:
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, units: range, tensor_parallel: TensorParallel
+    ) -> None:
         numbers = Units.of(config)
         layers: dict[str, nn.Module] = {
-            str(i): DecoderLayer(config, compute) for i, unit in enumerate(numbers.decoder_layers) if unit in units
+            str(i): DecoderLayer(config, compute, tensor_parallel)
+            for i, unit in enumerate(numbers.decoder_layers)
+            if unit in units
         }
         has_norm = numbers.decoder_norm in units
-        super().__init__(config, compute, layers, bidirectional=False, has_final_norm=has_norm)
+        super().__init__(config, compute, tensor_parallel, layers, bidirectional=False, has_final_norm=has_norm)
 
     def forward(
         self,
         hidden: Tensor,
+        length: int,
         encoder_output: Tensor | None,
+        encoder_length: int,
         *,
         mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         encoder_mask: Tensor | None = None,
         encoder_segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """Embedded tokens `[b, t, h]` and the encoder output `[b, s, h]` to the decoder output `[b, t, h]`.
+        """Embedded tokens `[b, t', h]` and the encoder output `[b, s', h]` to the decoder output `[b, t', h]`.
 
-        `mask` and `segment_ids` `[b, t]` describe the decoder's tokens, the other two `[b, s]` the encoder's. A part
-        without layers needs no encoder output.
+        `length` is t, `encoder_length` s; sequence parallelism may have padded the sequences. `mask` and `segment_ids`
+        `[b, t]` describe the decoder's tokens, the other two `[b, s]` the encoder's. A part without layers needs no
+        encoder output.
+
+        The encoder output is brought to the ranks here, once for all layers: one collective forward, and one for the
+        sum of all layers' gradients.
         """
+        if not self.layers:
+            return self.finish(hidden)
+        assert encoder_output is not None
+        encoder_output = self.tensor_parallel.enter(encoder_output)
+        dtype, device, padding = self.compute_dtype or hidden.dtype, hidden.device, self.padding(length)
+        if mask is not None or segment_ids is not None:  # otherwise causality hides the padding
+            mask, segment_ids = pad_masks(mask, segment_ids, length, padding, device)
+        length += padding
+        encoder_mask, encoder_segment_ids = pad_masks(
+            encoder_mask, encoder_segment_ids, encoder_length, self.padding(encoder_length), device
+        )
         if self.relative_attention_bias is not None:
-            bias = self.relative_attention_bias(hidden.shape[1], hidden.dtype)
+            bias = self.relative_attention_bias(length, dtype)
         else:
-            bias = causal_bias(hidden.shape[1], hidden.device, hidden.dtype)
+            bias = causal_bias(length, device, dtype)
         segments = effective_segments(mask, segment_ids)
         encoder_segments = effective_segments(encoder_mask, encoder_segment_ids)
-        self_bias = masked_bias(bias, visible_keys(segments, segments, mask), hidden.dtype)
-        cross_bias = masked_bias(None, visible_keys(segments, encoder_segments, encoder_mask), hidden.dtype)
-        return self.finish(self.run_layers(hidden, encoder_output, self_bias, cross_bias, self.rotary(hidden)))
+        self_bias = masked_bias(bias, visible_keys(segments, segments, mask), dtype)
+        cross_bias = masked_bias(None, visible_keys(segments, encoder_segments, encoder_mask), dtype)
+        rotary = self.rotary(length, device, dtype)
+        return self.finish(self.run_layers(hidden, encoder_output, self_bias, cross_bias, rotary))
 
 
 class T5Model(nn.Module):
     """Encoder-decoder with a head over the vocabulary.
 
-    Build it under `torch.device("meta")`, then `to_empty` and `initialize_parameters`; nothing but parameters is kept
-    on the module. Parameters may be fp32 with `compute.bf16`: each layer casts its weights.
+    Build it under `torch.device("meta")`, shard it (`t5_sharding`), then `to_empty` and `initialize_parameters`;
+    nothing but parameters is kept on the module. Parameters may be fp32 with `compute.bf16` and `fp16`: each layer
+    casts its weights. All tensor-parallel ranks are given the same batch and get the same losses and logits.
 
     Args:
         config: Architecture.
-        compute: Dtype, attention backend, recomputation.
+        compute: Precision, attention backend, recomputation.
         z_loss_weight: Weight of the z-loss in `T5Output.loss`.
         units: Units to build; all when not given. A stack without any of its units is empty, without parameters.
+        tensor_parallel: The ranks that divide each layer; a single one when not given.
     """
 
     def __init__(
@@ -214,24 +309,29 @@ class T5Model(nn.Module):
         compute: ComputeConfig | None = None,
         z_loss_weight: float = 0.0,
         units: range | None = None,
+        tensor_parallel: TensorParallel | None = None,
     ) -> None:
         super().__init__()
         compute = ComputeConfig() if compute is None else compute
+        parallel = TensorParallel() if tensor_parallel is None else tensor_parallel
         numbers = Units.of(config)
         self.units = numbers.all if units is None else units
         self.config = config
+        self.tensor_parallel = parallel
         self.z_loss_weight = z_loss_weight
         self.logit_scale = config.hidden_size**-0.5 if config.scale_logits else 1.0
         tied, has_head = config.share_embeddings_and_output_weights, numbers.head in self.units
         embeds = numbers.encoder_embedding in self.units or numbers.decoder_embedding in self.units
         if embeds or (tied and has_head):
-            self.embedding = T5Embedding(config, compute, has_positions=embeds)
-        self.encoder = T5Encoder(config, compute, self.units)
-        self.decoder = T5Decoder(config, compute, self.units)
-        self.lm_head: Linear | None = None
+            self.embedding = T5Embedding(config, compute, parallel, has_positions=embeds)
+        self.encoder = T5Encoder(config, compute, self.units, parallel)
+        self.decoder = T5Decoder(config, compute, self.units, parallel)
+        self.lm_head: VocabParallelHead | None = None
         if has_head and not tied:
             init = matrix_init(config, config.hidden_size**-0.5, truncated=True)
-            self.lm_head = Linear(config.hidden_size, config.padded_vocab_size, axes=("vocab", "embed"), init=init)
+            self.lm_head = VocabParallelHead(
+                config.hidden_size, config.padded_vocab_size, init=init, tensor_parallel=parallel
+            )
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -239,9 +339,11 @@ class T5Model(nn.Module):
         return [*self.encoder.layers.values(), *self.decoder.layers.values()]
 
     def encode(self, input_ids: Tensor, *, mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
-        """Ids `[b, s]` to the encoder output `[b, s, h]`; the keywords are those of `T5Encoder.forward`."""
+        """Ids `[b, s]` to the whole encoder output `[b, s, h]`; `mask` and `segment_ids` are `[b, s]`."""
+        length = input_ids.shape[1]
         (hidden,) = self.embedding(input_ids)
-        return self.encoder(hidden, mask=mask, segment_ids=segment_ids)
+        hidden = self.encoder(hidden, length, mask=mask, segment_ids=segment_ids)
+        return self.tensor_parallel.join_sequence(hidden, length)
 
     def decode(
         self,
@@ -253,24 +355,47 @@ class T5Model(nn.Module):
         encoder_mask: Tensor | None = None,
         encoder_segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """Ids `[b, t]` and the encoder output `[b, s, h]` to the decoder output `[b, t, h]`."""
+        """Ids `[b, t]` and the whole encoder output `[b, s, h]` to the whole decoder output `[b, t, h]`."""
         (hidden,) = self.embedding(input_ids)
-        return self.decoder(
+        hidden = self.decoder(
             hidden,
-            encoder_output,
+            input_ids.shape[1],
+            self.tensor_parallel.split_sequence(encoder_output),
+            encoder_output.shape[1],
             mask=mask,
             segment_ids=segment_ids,
             encoder_mask=encoder_mask,
             encoder_segment_ids=encoder_segment_ids,
         )
+        return self.tensor_parallel.join_sequence(hidden, input_ids.shape[1])
 
     def logits(self, decoder_output: Tensor) -> Tensor:
-        """`[b, t, h]` to `[b, t, V]`; the rows that pad the vocabulary are ordinary logits, as in T5."""
+        """Whole decoder output `[b, t, h]` to `[b, t, V]`.
+
+        The rows up to `--make-vocab-size-divisible-by` are ordinary logits, as in T5; those that let the vocabulary
+        divide among ranks are left out.
+        """
+        logits = self._rank_logits(self.tensor_parallel.copy(decoder_output))
+        return join_logits(logits, self.config.padded_vocab_size, self.tensor_parallel)
+
+    def token_losses(self, decoder_output: Tensor, labels: Tensor) -> TokenLoss:
+        """Loss terms `[b, t]` of the decoder output `[b, t', h]` and labels `[b, t]`."""
+        logits = self._rank_logits(self._head_input(decoder_output, labels.shape[1]))
+        return vocab_cross_entropy(
+            logits, labels, self.z_loss_weight, self.tensor_parallel, self.config.padded_vocab_size
+        )
+
+    def _head_input(self, decoder_output: Tensor, length: int) -> Tensor:
+        """`[b, t', h]` to `[b, t, h]`, input of the column-parallel head."""
+        hidden = self.tensor_parallel.enter(decoder_output)
+        return hidden if hidden.shape[1] == length else hidden[:, :length]
+
+    def _rank_logits(self, hidden: Tensor) -> Tensor:
+        """`[b, t, h]` to this rank's logits `[b, t, V']`."""
+        table = self.embedding.word_embeddings if self.lm_head is None else self.lm_head
         if self.logit_scale != 1.0:
-            decoder_output = decoder_output * self.logit_scale
-        if self.lm_head is not None:
-            return self.lm_head(decoder_output)
-        return F.linear(decoder_output, self.embedding.word_embeddings.weight.to(decoder_output.dtype))
+            hidden = hidden * self.logit_scale
+        return vocab_parallel_logits(hidden, table.weight, self.config.padded_vocab_size, self.tensor_parallel)
 
     def forward(
         self,
@@ -295,16 +420,19 @@ class T5Model(nn.Module):
             decoder_segment_ids: `[b, t]`, likewise; decoder segment i reads encoder segment i.
         """
         encoder_hidden, decoder_hidden = self.embedding(encoder_input_ids, decoder_input_ids)
-        encoder_output = self.encoder(encoder_hidden, mask=encoder_mask, segment_ids=encoder_segment_ids)
+        length, decoder_length = encoder_input_ids.shape[1], decoder_input_ids.shape[1]
+        encoder_output = self.encoder(encoder_hidden, length, mask=encoder_mask, segment_ids=encoder_segment_ids)
         decoder_output = self.decoder(
             decoder_hidden,
+            decoder_length,
             encoder_output,
+            length,
             mask=decoder_mask,
             segment_ids=decoder_segment_ids,
             encoder_mask=encoder_mask,
             encoder_segment_ids=encoder_segment_ids,
         )
-        logits = self.logits(decoder_output)
-        if labels is None:
-            return T5Output(logits, None, encoder_output)
-        return T5Output(None, vocab_cross_entropy(logits, labels, self.z_loss_weight), encoder_output)
+        if labels is not None:
+            return T5Output(None, self.token_losses(decoder_output, labels), encoder_output)
+        logits = self._rank_logits(self._head_input(decoder_output, decoder_length))
+        return T5Output(join_logits(logits, self.config.padded_vocab_size, self.tensor_parallel), None, encoder_output)

@@ -1,10 +1,12 @@
 """A stage of a pipeline: a run of the model's units that takes what the stage before returned.
 
-Shapes: b batch, s encoder length, t decoder length, h hidden.
+Shapes: b batch, s encoder length, t decoder length, h hidden; s' and t' a tensor-parallel rank's part of the padded
+sequences under sequence parallelism, else s and t.
 
-Between encoder units a stage passes `(hidden,)`; from the encoder norm on `(encoder_output,)`; between decoder units
-`(hidden, encoder_output)` as long as a later decoder layer reads it. Every stage is given the whole batch: tokens are
-read where they are needed and never sent.
+Between encoder units a stage passes `(hidden,)`, `[b, s', h]`; from the encoder norm on `(encoder_output,)`,
+`[b, s', h]`; between decoder units `(hidden, encoder_output)` as long as a later decoder layer reads it. Hidden states
+have the dtype of the residual stream, the encoder output that of matrix products (`transformer.precision`). Every stage
+is given the whole batch: tokens are read where they are needed and never sent.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from torch import Tensor
 
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_units import Units
-from megatron.core.tensor_parallel import vocab_cross_entropy
 
 
 class T5Stage(T5Model):
@@ -37,11 +38,12 @@ class T5Stage(T5Model):
             encoder_mask: bool `[b, s]`, True for real tokens; None when there is no padding.
         """
         units, numbers = self.units, Units.of(self.config)
+        encoder_length, decoder_length = encoder_input_ids.shape[1], decoder_input_ids.shape[1]
         encoder_output: Tensor | None
         encoder_hidden, decoder_hidden = self._embed(encoder_input_ids, decoder_input_ids)
         if units[0] <= numbers.encoder_norm:
             hidden = received[0] if encoder_hidden is None else encoder_hidden
-            encoder_output = self.encoder(hidden, mask=encoder_mask)
+            encoder_output = self.encoder(hidden, encoder_length, mask=encoder_mask)
             if units[-1] <= numbers.encoder_norm:
                 return (encoder_output,)
         elif units[0] == numbers.decoder_embedding:
@@ -51,14 +53,16 @@ class T5Stage(T5Model):
             encoder_output = received[1] if len(received) > 1 else None
         assert decoder_hidden is not None
         if units[0] <= numbers.decoder_norm:
-            decoder_hidden = self.decoder(decoder_hidden, encoder_output, encoder_mask=encoder_mask)
+            decoder_hidden = self.decoder(
+                decoder_hidden, decoder_length, encoder_output, encoder_length, encoder_mask=encoder_mask
+            )
         if units[-1] < numbers.decoder_layers[-1]:
             assert encoder_output is not None
             # Returning a received tensor itself breaks the split backward of the zero-bubble schedules under FSDP2.
             return decoder_hidden, encoder_output.clone()
         if units[-1] < numbers.head:
             return (decoder_hidden,)
-        losses = vocab_cross_entropy(self.logits(decoder_hidden), labels, self.z_loss_weight)
+        losses = self.token_losses(decoder_hidden, labels)
         return losses.cross_entropy, losses.z_loss
 
     def _embed(self, encoder_input_ids: Tensor, decoder_input_ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
