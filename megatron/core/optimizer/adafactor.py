@@ -110,8 +110,7 @@ class Adafactor(Optimizer):
         """This rank's share of the sums over the rows of each logical matrix: `[rows', c']` to float64 `[m, c]`."""
         of_matrix = self.granules[index]
         if len(of_matrix) == 1:
-            start, count = self.matrices.slices[index][0]
-            sums = squares[: max(0, min(count, self.matrices.rows[index] - start))].sum(0, keepdim=True)
+            sums = squares.sum(0, keepdim=True)  # rows of padding add EPS_GRADIENT
         else:
             granules = squares.view(self.matrices.shapes[index]).sum(1)  # [r_i, c']
             sums = torch.stack([granules[chosen].sum(0) for chosen in of_matrix])
