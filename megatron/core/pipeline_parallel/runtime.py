@@ -6,15 +6,18 @@ are hidden states only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.pipeline_parallel.schedules import build_schedule
+from megatron.core.pipeline_parallel.schedules import SCHEDULES, build_schedule
+from megatron.core.tensor_parallel import TensorParallel
+from megatron.core.tensor_parallel.weight_gradients import DeferredWeightGradients
 
 
 class Plan(Protocol):
@@ -32,6 +35,18 @@ class Plan(Protocol):
         """Indices of the stages of a pipeline rank, ascending."""
 
 
+class StageModule(Protocol):
+    """A module that takes what the stage before returned, and the whole microbatch as keyword arguments.
+
+    It returns what the next stage takes; the last one returns cross-entropy and z-loss `[b, t]`.
+    """
+
+    tensor_parallel: TensorParallel
+
+    def messages(self, **microbatch: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Shapes and dtypes of what it takes and returns, as tensors on the meta device."""
+
+
 class Pipeline:
     """The stages of this rank, and one step of all ranks over all microbatches.
 
@@ -40,9 +55,7 @@ class Pipeline:
     pass of a stage; replicas are for `DataParallel.reduce_gradients` to sum afterwards.
 
     Args:
-        modules: The stages of this rank, ascending, on the context's device. Their forward pass takes what the stage
-            before returned as positional and the whole microbatch as keyword arguments; the last stage returns
-            cross-entropy and z-loss `[b, t]`.
+        modules: The stages of this rank, ascending, on the context's device: `StageModule`s.
         plan: The stages of all ranks and the schedule.
         context: The layout; with more than one pipeline rank.
         num_microbatches: Microbatches a step, M.
@@ -51,67 +64,77 @@ class Pipeline:
     def __init__(
         self, modules: Sequence[nn.Module], plan: Plan, context: ParallelContext, num_microbatches: int
     ) -> None:
+        self.modules = modules
+        self.plan = plan
         self.context = context
         self.num_microbatches = num_microbatches
-        indices = plan.stages_of(context.pp_rank)
-        assert len(indices) == len(modules) and context.pp_size > 1
-        self.has_loss = indices[-1] == len(plan.stages) - 1
+        self.indices = plan.stages_of(context.pp_rank)
+        assert len(self.indices) == len(modules) and context.pp_size > 1
+        self.has_loss = self.indices[-1] == len(plan.stages) - 1
+        self._deferred: DeferredWeightGradients | None = None
+        if SCHEDULES[plan.schedule].splits_backward:
+            self._deferred = DeferredWeightGradients()
+            for module in modules:
+                cast(StageModule, module).tensor_parallel.linear = self._deferred.linear
+        self._schedules: dict[tuple[object, ...], Any] = {}  # by what is run and the shapes of the batch
         self._factor = torch.ones(())
         self._sums: list[Tensor] = []
 
-        def build(loss_fn: Any) -> Any:
-            stages = [
-                _Stage(
-                    module,
-                    index,
-                    len(plan.stages),
-                    context.device,
-                    group=context.pp_group,
-                    dw_builder=_no_deferred_work,
-                )
-                for module, index in zip(modules, indices, strict=True)
-            ]
-            return build_schedule(plan.schedule, stages, num_microbatches, loss_fn)
-
-        self._training = build(self._loss)
-        self._evaluation = build(None)
-
-    def forward_backward(self, batch: dict[str, Tensor], factor: Tensor) -> Tensor:
+    def forward_backward(self, batch: Mapping[str, Tensor | None], factor: Tensor) -> Tensor:
         """Gradients of `factor` x the summed loss of a step, added to those of the stages' parameters.
 
         Args:
-            batch: Keyword arguments of the stages for all microbatches, `[M b, ...]`.
+            batch: Keyword arguments of the stages for all microbatches, `[M b, ...]` each.
             factor: 0-dimensional; for instance the loss scale over the global number of target tokens.
 
         Returns:
             Sums of cross-entropy and z-loss, float64 `[2]`; zeros on a rank without the last stage.
         """
-        self._check_rows(batch)
         self._factor = factor
         self._sums.clear()
-        self._training.step(target=self._target(batch), return_outputs=False, **batch)
+        self._run(batch, self._loss)
         if not self.has_loss:
             return torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        # The first step begins with a pass that finds out the shapes.
-        return torch.stack(self._sums[-self.num_microbatches :]).double().sum(dim=0)
+        return torch.stack(self._sums).double().sum(dim=0)
 
     @torch.no_grad()
-    def evaluate(self, batch: dict[str, Tensor]) -> Tensor | None:
+    def evaluate(self, batch: Mapping[str, Tensor | None]) -> Tensor | None:
         """Cross-entropy of every token `[M b, t]`; None on a rank without the last stage."""
-        self._check_rows(batch)
-        outputs = self._evaluation.step(target=self._target(batch), **batch)
-        if not self.has_loss:
-            return None
-        cross_entropy: Tensor = outputs[0]
-        return cross_entropy
+        outputs = self._run(batch, None)
+        return outputs[0] if self.has_loss else None
 
-    def _target(self, batch: dict[str, Tensor]) -> Tensor:
-        """torch passes a target to the loss; the last stage has read the labels already."""
-        return next(iter(batch.values()))
+    def _run(self, batch: Mapping[str, Tensor | None], loss_fn: Callable[..., Tensor] | None) -> Any:
+        """A step; without a loss function forward passes only, of which the last stage's outputs are returned."""
+        inputs = {name: tensor for name, tensor in batch.items() if tensor is not None}
+        key = (loss_fn is None, *((name, tensor.shape) for name, tensor in inputs.items()))
+        if key not in self._schedules:
+            for name, tensor in inputs.items():
+                assert len(tensor) % self.num_microbatches == 0, (name, tensor.shape, self.num_microbatches)
+            self._schedules[key] = self._build(inputs, loss_fn)
+        # The loss needs no target, the last stage reads the labels; but torch does not go without one.
+        target = next(iter(inputs.values()))
+        return self._schedules[key].step(target=target, return_outputs=loss_fn is None, **inputs)
 
-    def _check_rows(self, batch: dict[str, Tensor]) -> None:
-        for name, tensor in batch.items():
-            assert tensor.shape[0] % self.num_microbatches == 0, (name, tensor.shape, self.num_microbatches)
+    def _build(self, inputs: dict[str, Tensor], loss_fn: Callable[..., Tensor] | None) -> Any:
+        """torch's schedule for batches of these shapes."""
+        microbatch = {name: tensor[: len(tensor) // self.num_microbatches] for name, tensor in inputs.items()}
+        stages = []
+        for module, index in zip(self.modules, self.indices, strict=True):
+            received, returned = cast(StageModule, module).messages(**microbatch)
+            # With the shapes given, torch need not find them out by a pass over the pipeline.
+            stages.append(
+                _Stage(
+                    module,
+                    index,
+                    len(self.plan.stages),
+                    self.context.device,
+                    input_args=received,
+                    output_args=returned,
+                    group=self.context.pp_group,
+                    deferred=self._deferred,
+                )
+            )
+        return build_schedule(self.plan.schedule, stages, self.num_microbatches, loss_fn)
 
     def _loss(self, losses: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
         """What is differentiated of a microbatch's cross-entropy and z-loss `[b, t]`; notes their sums."""
@@ -120,13 +143,23 @@ class Pipeline:
         return sums.sum() * self._factor
 
 
-def _no_deferred_work() -> Any:
-    """A backward pass computes all gradients at once, also where the schedule would split it."""
-    return lambda: None
-
-
 class _Stage(PipelineStage):
-    """torch's stage, able to run forward passes only under the schedules that put neighbouring stages on a rank."""
+    """torch's stage, with a split backward pass of our own and able to run forward passes only under every schedule."""
+
+    def __init__(self, *args: Any, deferred: DeferredWeightGradients | None, **options: Any) -> None:
+        if deferred is not None:
+            options["dw_builder"] = lambda: self._weight_gradients(deferred.take())
+        super().__init__(*args, **options)
+
+    def _weight_gradients(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """The second part of a backward pass."""
+
+        def run() -> None:
+            compute()
+            for group in _fsdp_groups(self.submod):
+                group.post_backward()  # adds the gradients, which have the compute dtype, to those in fp32
+
+        return run
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         """Gradients for the stage before, when it is on this rank; none in a forward-only step."""
@@ -141,3 +174,14 @@ class _Stage(PipelineStage):
         """Let FSDP2 reduce the gradients of the step, if there are any."""
         if self.has_backward:
             super().perform_reduce_grad(grad_scale_factor)
+
+
+def _fsdp_groups(module: nn.Module) -> list[Any]:
+    """What FSDP2 gathers and reduces together; torch's own pipeline stages reach for it in the same way."""
+    if not isinstance(module, FSDPModule):
+        return []
+    groups: list[Any] = []
+    for state in module._get_fsdp_state()._state_ctx.all_states:
+        one = getattr(state, "_fsdp_param_group", None)  # of torch 2.11 and 2.12
+        groups += getattr(state, "_fsdp_param_groups", [] if one is None else [one])
+    return groups

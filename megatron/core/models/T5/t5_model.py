@@ -317,6 +317,7 @@ class T5Model(nn.Module):
         numbers = Units.of(config)
         self.units = numbers.all if units is None else units
         self.config = config
+        self.compute = compute
         self.tensor_parallel = parallel
         self.z_loss_weight = z_loss_weight
         self.logit_scale = config.hidden_size**-0.5 if config.scale_logits else 1.0

@@ -11,10 +11,12 @@ is given the whole batch: tokens are read where they are needed and never sent.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_units import Units
+from megatron.core.transformer.precision import compute_dtype, residual_dtype
 
 
 class T5Stage(T5Model):
@@ -64,6 +66,42 @@ class T5Stage(T5Model):
             return (decoder_hidden,)
         losses = self.token_losses(decoder_hidden, labels)
         return losses.cross_entropy, losses.z_loss
+
+    def messages(
+        self,
+        *,
+        encoder_input_ids: Tensor,
+        decoder_input_ids: Tensor,
+        labels: Tensor,
+        encoder_mask: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Shapes and dtypes of what `forward` takes and returns for a microbatch, as tensors on the meta device."""
+        received = self._message(self.units[0], encoder_input_ids, decoder_input_ids)
+        if self.units[-1] < Units.of(self.config).head:
+            return received, self._message(self.units[-1] + 1, encoder_input_ids, decoder_input_ids)
+        losses = torch.empty(labels.shape, dtype=torch.float32, device="meta", requires_grad=True)  # [b, t]
+        return received, (losses, losses)
+
+    def _message(self, unit: int, encoder_input_ids: Tensor, decoder_input_ids: Tensor) -> tuple[Tensor, ...]:
+        """What is sent to the stage that begins with `unit`."""
+        numbers, parallel = Units.of(self.config), self.tensor_parallel
+        parts = parallel.size if parallel.sequence_parallel else 1
+
+        def hidden(ids: Tensor, dtype: torch.dtype | None) -> Tensor:
+            shape = (ids.shape[0], parallel.padded_length(ids.shape[1]) // parts, self.config.hidden_size)  # [b, s', h]
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+        residual, products = residual_dtype(self.compute), compute_dtype(self.compute)
+        if unit == numbers.encoder_embedding:
+            return ()
+        if unit <= numbers.encoder_norm:
+            return (hidden(encoder_input_ids, residual),)
+        encoder_output = hidden(encoder_input_ids, products)
+        if unit == numbers.decoder_embedding:
+            return (encoder_output,)
+        if unit < numbers.decoder_norm:
+            return hidden(decoder_input_ids, residual), encoder_output
+        return (hidden(decoder_input_ids, products if unit == numbers.head else residual),)
 
     def _embed(self, encoder_input_ids: Tensor, decoder_input_ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Embedded tokens of the encoder and of the decoder, None for what this stage does not embed."""
