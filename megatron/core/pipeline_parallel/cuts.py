@@ -43,28 +43,28 @@ class CutSearch:
 
     Args:
         simulator: Of the schedule.
-        ranks: Rank of each stage, `[S]`.
         costs: Forward cost of each unit, whole numbers that sum to less than 2**30, `[U]`.
         backward: A full backward pass in forward passes; the parts of a split one cost one forward pass each.
-        more_microbatches: Microbatches of a step beyond those simulated. Each adds what the busiest rank needs for it.
+        shorter: Simulator of a step of fewer microbatches, for long steps: further microbatches repeat the difference.
+        repetitions: How many times, a whole number or not.
     """
 
     def __init__(
         self,
         simulator: StepSimulator,
-        ranks: Sequence[int],
         costs: Sequence[int],
         *,
         backward: int = 2,
-        more_microbatches: int = 0,
+        shorter: StepSimulator | None = None,
+        repetitions: float = 0.0,
     ) -> None:
         self.simulator = simulator
+        self.shorter = shorter
+        self.repetitions = repetitions
         self.backward = backward
-        self.more_microbatches = more_microbatches
         self.unit_starts = np.concatenate([[0], np.cumsum(costs)]).astype(np.float64)
-        self.stages_of_ranks = [[s for s, rank in enumerate(ranks) if rank == r] for r in range(max(ranks) + 1)]
-        self.shifts = _shifts(len(ranks))
-        self.remaining = _BUDGET // len(simulator.order)
+        self.shifts = _shifts(simulator.num_stages)
+        self.remaining = _BUDGET // (len(simulator.order) + (0 if shorter is None else len(shorter.order)))
 
     def step_times(self, cuts: Cuts) -> Floats:
         """Time of a step with each of the candidates `[C, S + 1]`, in the unit of the costs, `[C]`."""
@@ -75,9 +75,8 @@ class CutSearch:
         forward = np.diff(self.unit_starts[cuts], axis=1).T  # [S, C]
         table = np.concatenate([forward, self.backward * forward, forward, forward])
         times = self.simulator.makespans(table)
-        if self.more_microbatches:
-            loads = np.array([forward[stages].sum(axis=0) for stages in self.stages_of_ranks])  # [P, C]
-            times += self.more_microbatches * (1 + self.backward) * loads.max(axis=0)
+        if self.shorter is not None:
+            times = times + self.repetitions * (times - self.shorter.makespans(table))
         return times
 
     def best(self, starts: Sequence[Cuts]) -> tuple[Cuts, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -343,18 +344,21 @@ def _cut(
     layout: tuple[range, ...] | None,
 ) -> tuple[float, tuple[range, ...]]:
     """Time of a step (comparable between schedules) and stages: those of `layout`, or the best that are found."""
-    # Later rounds of microbatches repeat the pattern of the first ones, so that four are enough to tell cuts apart.
+    # Further rounds of microbatches repeat what the eighth adds.
+    simulator = partial(step_simulator, name, num_ranks, stages_per_rank)
     per_round = num_microbatches // max(1, num_microbatches // num_ranks)
-    simulated = min(num_microbatches, 4 * per_round)
+    simulated = min(num_microbatches, 8 * per_round)
     # Whole numbers of moderate size: the simulator's sums are then exact and the same everywhere.
     total = sum(costs)
     relative = [max(1, cost * 2**20 // total) for cost in costs]
     search = CutSearch(
-        step_simulator(name, num_ranks, stages_per_rank, simulated),
-        stage_ranks(name, num_ranks, stages_per_rank),
+        simulator(simulated),
         relative,
         backward=backward,
-        more_microbatches=num_microbatches - simulated,
+        shorter=step_simulator(name, num_ranks, stages_per_rank, 3 * per_round)
+        if simulated < num_microbatches
+        else None,
+        repetitions=(num_microbatches - simulated) / per_round,
     )
     if layout is not None:
         cuts = np.array([[*(stage.start for stage in layout), layout[-1].stop]])
