@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +36,28 @@ class Progress:
         consumed_samples: Samples trained on.
         consumed_tokens: Encoder and decoder tokens trained on, without padding.
         skipped_iterations: Steps left out because their gradient was not finite.
+        loss_scaler: State of the dynamic loss scale (fp16).
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     skipped_iterations: int = 0
+    loss_scaler: dict[str, float] = field(default_factory=dict)
 
 
-def training_tensors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint under its global name.
+def training_tensors(optimizer: Optimizer, owned_only: bool = False) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint that this rank holds (a part of), under its global name.
 
-    The parameters are the optimizer's: between a forward and a backward pass the model shows gathered copies.
+    The parameters are the optimizer's: between a forward and a backward pass the model shows gathered copies. With
+    `owned_only`, without what a lower pipeline stage holds as well, as a checkpoint is to be written. Of two copies on
+    this rank only the first is there: call `optimizer.refresh_copies` after loading.
     """
-    named = zip(optimizer.names, optimizer.parameters, strict=True)
-    tensors: dict[str, torch.Tensor] = {f"model/{name}": parameter for name, parameter in named}
-    return tensors | optimizer.named_state()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter, is_copy in zip(optimizer.names, optimizer.parameters, optimizer.is_copy, strict=True):
+        if not (owned_only and is_copy):
+            tensors.setdefault(f"model/{name}", parameter)
+    return tensors | optimizer.named_state(owned_only)
 
 
 def save_training_checkpoint(

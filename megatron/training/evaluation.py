@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from megatron.core.datasets.loader import T5Loader
 from megatron.core.datasets.t5_dataset import SpecialTokens
 from megatron.core.parallel_state import ParallelContext
+from megatron.training.model_setup import DistributedModel
 
 
 class EvaluationResult(NamedTuple):
@@ -37,22 +37,23 @@ def special_token_mask(special: SpecialTokens, padded_vocab_size: int, device: t
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: T5Loader, num_samples: int, is_special: torch.Tensor, context: ParallelContext
+    model: DistributedModel, loader: T5Loader, num_samples: int, is_special: torch.Tensor, context: ParallelContext
 ) -> EvaluationResult:
     """Evaluate on samples 0 .. `num_samples` of the loader's dataset, each exactly once over all ranks."""
-    was_training = model.training
-    model.eval()
+    model.train_mode(False)
     totals = torch.zeros(4, dtype=torch.float64, device=context.device)
-    for batch in loader.evaluation_batches(num_samples):
+    for batch in loader.evaluation_batches(num_samples, model.evaluation_microbatches):
         inputs = batch.to(context.device)
-        losses = model(inputs.encoder_input_ids, inputs.decoder_input_ids, inputs.labels).loss.cross_entropy
+        losses = model.token_losses(inputs)
+        if losses is None or not model.counts_loss:
+            continue
         counted = inputs.labels >= 0
         noise = counted & ~is_special[inputs.labels.clamp(min=0)]
         totals += torch.stack(
             [losses.sum(dtype=torch.float64), (losses * noise).sum(dtype=torch.float64), counted.sum(), noise.sum()]
         )
-    if context.dp_group is not None:
-        torch.distributed.all_reduce(totals, group=context.dp_group)
-    model.train(was_training)
+    if context.world_size > 1:
+        torch.distributed.all_reduce(totals)
+    model.train_mode(True)
     loss, noise_loss, targets, noise_tokens = totals.tolist()
     return EvaluationResult(loss / targets, noise_loss / noise_tokens, int(targets), int(noise_tokens))

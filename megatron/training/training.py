@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from pathlib import Path
@@ -12,13 +11,11 @@ import torch
 
 from megatron.core.datasets.loader import T5Loader
 from megatron.core.datasets.t5_dataset import SpanCorruptionDataset
-from megatron.core.distributed import DataParallel, clip_gradients_, global_grad_norm
+from megatron.core.distributed import clip_gradients_, global_grad_norm
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_flops import training_flops_per_sequence
-from megatron.core.models.T5.t5_model import T5Model
-from megatron.core.optimizer import LearningRateSchedule, build_optimizer
+from megatron.core.optimizer import LearningRateSchedule, LossScaler, build_optimizer
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import initialize_parameters
 from megatron.training.checkpointing import (
     Progress,
     checkpoint_to_resume,
@@ -29,23 +26,13 @@ from megatron.training.checkpointing import (
     unmark_finished,
 )
 from megatron.training.config import RunConfig
+from megatron.training.consistency import check_equal_on_all_ranks
 from megatron.training.console import format_duration, progress_line, say, warn
 from megatron.training.data import TrainingData, fit_vocabulary, open_data
 from megatron.training.evaluation import evaluate, special_token_mask
 from megatron.training.initialize import parallel_context
 from megatron.training.metrics import Sink, build_sinks, device_peak_tflops, peak_memory_gib
-
-
-def build_model(config: RunConfig, context: ParallelContext) -> tuple[T5Model, DataParallel]:
-    """A sharded model with its initial values, which do not depend on the sharding."""
-    with torch.device("meta"):
-        model = T5Model(config.model, config.compute, z_loss_weight=config.optimizer.z_loss_weight)
-    blocks = model.blocks
-    strategy = config.parallel.data_parallel_sharding_strategy
-    data_parallel = DataParallel(model, context, config.compute, blocks, strategy)
-    model.to_empty(device=context.device)
-    initialize_parameters(model, config.training.seed)
-    return model, data_parallel
+from megatron.training.model_setup import DistributedModel, plan_stages
 
 
 def run_length(config: RunConfig, progress: Progress, global_batch_size: int, windows_per_epoch: int) -> int:
@@ -70,17 +57,19 @@ class Trainer:
         self.global_batch_size = training.micro_batch_size * context.dp_size * self.num_microbatches
         self.progress = Progress()
         self._plan()  # mistakes in the schedule show before the model is made
-        self.model, self.data_parallel = build_model(config, context)
-        self.parameters = list(self.model.parameters())
-        self.optimizer = build_optimizer(config.optimizer, self.model, context)
+        lengths = data.train.encoder_length, data.train.decoder_length
+        plan = plan_stages(config, context, *lengths, self.num_microbatches)
+        self.model = DistributedModel(config, context, plan, self.num_microbatches)
+        self.parameters = self.model.parameters
+        synchronize = None if self.model.shared is None else self.model.shared.synchronize
+        self.optimizer = build_optimizer(config.optimizer, self.parameters, context, synchronize)
+        self.loss_scaler = LossScaler(config.optimizer, enabled=config.compute.fp16)
         self.train_loader = self._loader(data.train)
         self.description = data.describe()
-        self.flops_per_sample = training_flops_per_sequence(
-            config.model, data.train.encoder_length, data.train.decoder_length
-        )
+        self.flops_per_sample = training_flops_per_sequence(config.model, *lengths)
         self.peak_tflops = device_peak_tflops(context.device, config.logging)
         self.sinks: list[Sink] = []
-        self.window = _Window(context.device)
+        self.window = _Window(context.device, counts=self.model.counts_loss)
 
     def _plan(self) -> None:
         """Length of the run and its schedule, from the progress so far."""
@@ -106,37 +95,33 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step on the next global batch."""
         start = time.perf_counter()
-        batches = [b.to(self.context.device) for b in self.train_loader.microbatches(self.progress.consumed_samples)]
+        batch = self.train_loader.step_batch(self.progress.consumed_samples).to(self.context.device)
         self.window.data_wait_s += time.perf_counter() - start
-        num_targets = torch.stack([(b.labels >= 0).sum() for b in batches]).sum()
+        num_targets = (batch.labels >= 0).sum()
         self.window.begin_step(num_targets)
         if self.context.dp_group is not None:
             torch.distributed.all_reduce(num_targets, group=self.context.dp_group)
-        self._seed_dropout()
-        for number, batch in enumerate(batches):
-            self.data_parallel.set_gradient_sync(number == len(batches) - 1)
-            losses = self.model(batch.encoder_input_ids, batch.decoder_input_ids, batch.labels).loss
-            cross_entropy, z_loss = losses.cross_entropy.sum(), losses.z_loss.sum()
-            ((cross_entropy + z_loss) / num_targets).backward()
-            self.window.add_losses(cross_entropy.detach(), z_loss.detach())
-        self.data_parallel.reduce_gradients()
+        self.model.seed_dropout(self.progress.iteration)
+        self.window.add_losses(self.model.forward_backward(batch, self.loss_scaler.scale / num_targets))
+        self.model.finish_gradients()
         self._update()
 
     def _update(self) -> None:
         """Clip, step and advance. A step whose gradient is not finite changes nothing but the counts."""
-        norm = global_grad_norm(self.parameters, self.context)
+        scale = self.loss_scaler.scale
+        norm = global_grad_norm(self.parameters, self.context, scale)
         self.window.grad_norm = norm.item()
         self.window.learning_rate = self.schedule(self._schedule_position())
-        if math.isfinite(self.window.grad_norm):
-            if self.config.optimizer.clip_grad > 0:
-                clip_gradients_(self.parameters, norm, self.config.optimizer.clip_grad)
+        finite = math.isfinite(self.window.grad_norm)
+        if finite:
+            clip_gradients_(self.parameters, norm, self.config.optimizer.clip_grad, scale)
             self.optimizer.step(self.window.learning_rate)
         else:
             self.progress.skipped_iterations += 1
-            warn(
-                f"step {self.progress.iteration + 1}: gradient norm is {norm.item()}, step skipped",
-                self.context.is_main,
-            )
+            scaled = f" (loss scale {scale:g})" if self.config.compute.fp16 else ""
+            step = self.progress.iteration + 1
+            warn(f"step {step}: gradient norm is {norm.item()}{scaled}, step skipped", self.context.is_main)
+        self.loss_scaler.update(found_nonfinite=not finite)
         self.optimizer.zero_grad()
         self.progress.iteration += 1
         self.progress.consumed_samples += self.global_batch_size
@@ -147,12 +132,6 @@ class Trainer:
         if self.config.training.train_samples is None:
             return self.progress.iteration + 1
         return self.progress.consumed_samples + self.global_batch_size
-
-    def _seed_dropout(self) -> None:
-        """Dropout masks are a function of (seed, step, rank), so that resuming needs no generator state."""
-        if self.config.model.hidden_dropout or self.config.model.attention_dropout:
-            key = f"{self.config.training.seed}/{self.progress.iteration}/{self.context.dp_rank}"
-            torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little"))
 
     def train(self) -> None:
         """Run to the end, reporting, evaluating and saving on the way."""
@@ -188,6 +167,7 @@ class Trainer:
             "consumed_samples": self.progress.consumed_samples,
             "consumed_tokens": self.progress.consumed_tokens,
             "skipped_iterations": self.progress.skipped_iterations,
+            "loss_scale": self.loss_scaler.scale,
             "fill_rate": self.data.train.fill_rate,
             "memory_gib": peak_memory_gib(self.context.device),
         }
@@ -226,7 +206,10 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint."""
         start = time.perf_counter()
-        tensors = training_tensors(self.optimizer)
+        if self.model.shared is not None:
+            self.model.shared.check_equal()
+        self.progress.loss_scaler = self.loss_scaler.state
+        tensors = training_tensors(self.optimizer, owned_only=True)
         path = save_training_checkpoint(self.config, self.progress, tensors, self.description, self.context)
         took = time.perf_counter() - start
         self._write({"iteration": self.progress.iteration, "checkpoint_pause_ms": took * 1e3})
@@ -249,6 +232,9 @@ class Trainer:
         beside = f" (--save holds it; --load {load} was not read)" if load and path.parent != Path(load) else ""
         say(f"continuing from {path}{beside}", self.context.is_main)
         self.progress, changed = resume(path, training_tensors(self.optimizer), self.config, self.description)
+        self.optimizer.refresh_copies()
+        if self.progress.loss_scaler:
+            self.loss_scaler.load_state(self.progress.loss_scaler)
         if changed:
             warn(f"not as in the run that saved it: {', '.join(changed)}", self.context.is_main)
         if self.progress.consumed_samples != self.progress.iteration * self.global_batch_size:
@@ -273,15 +259,22 @@ class Trainer:
 
     def describe(self) -> str:
         """One line about what is about to happen."""
-        parameters = sum(p.numel() for p in self.parameters)
         train = self.data.train
         return (
-            f"{parameters:,} parameters on {self.context.world_size} x {self.context.device.type} | "
+            f"{self.model.num_parameters():,} parameters on {self.context.world_size} x {self.context.device.type}"
+            f"{self._layout()} | "
             f"{self.total_iterations:,} steps of {self.global_batch_size} samples of "
             f"{train.encoder_length} + {train.decoder_length} tokens | "
             f"{self.total_iterations * self.global_batch_size / train.windows_per_epoch:.2f} epochs of "
             f"{train.windows_per_epoch:,} samples"
         )
+
+    def _layout(self) -> str:
+        """How the ranks are used, when there is anything to tell."""
+        context = self.context
+        sizes = {"tensor": context.tp_size, "pipeline": context.pp_size, "data": context.dp_size}
+        layout = " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
+        return f" ({layout})" if layout else ""
 
     def close(self) -> None:
         """Flush the reports."""
@@ -292,8 +285,9 @@ class Trainer:
 class _Window:
     """Sums over the steps since the last report."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, counts: bool) -> None:
         self.device = device
+        self.counts = counts  # whether this rank's losses and targets go into the sums over all ranks
         self.grad_norm = 0.0
         self.learning_rate = 0.0
         self.restart()
@@ -312,16 +306,18 @@ class _Window:
     def begin_step(self, num_targets: torch.Tensor) -> None:
         """Count a step and this rank's target tokens in it; stays on the device."""
         self.steps += 1
-        self.totals[2] += num_targets
+        if self.counts:
+            self.totals[2] += num_targets
 
-    def add_losses(self, cross_entropy: torch.Tensor, z_loss: torch.Tensor) -> None:
-        """Add the sums of one microbatch; stays on the device."""
-        self.totals[:2] += torch.stack([cross_entropy.double(), z_loss.double()])
+    def add_losses(self, sums: torch.Tensor) -> None:
+        """Add a step's sums of cross-entropy and z-loss, `[2]`; stays on the device."""
+        if self.counts:
+            self.totals[:2] += sums
 
     def row(self, context: ParallelContext) -> dict[str, Any]:
         """Means over the window (gradient norm and rate: of its last step) and all ranks; begins the next window."""
-        if context.dp_group is not None:
-            torch.distributed.all_reduce(self.totals, group=context.dp_group)
+        if context.world_size > 1:
+            torch.distributed.all_reduce(self.totals)
         cross_entropy, z_loss, targets = self.totals.tolist()
         elapsed_ms = (time.perf_counter() - self.start) * 1e3
         values = {
@@ -354,9 +350,12 @@ def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: b
     fit_vocabulary(config, data.tokenizer, vocab_size_given)
     for warning in data.warnings:
         warn(warning, context.is_main)
+    check_equal_on_all_ranks(context, {"config": config.to_dict(), **data.describe()})
     trainer = Trainer(config, data, context)
     trainer.start()
     say(trainer.describe(), context.is_main)
+    if trainer.model.plan is not None:
+        say(trainer.model.plan.describe(), context.is_main)
     trainer.train()
     trainer.close()
     say(f"done in {format_duration(time.perf_counter() - start)}", context.is_main)

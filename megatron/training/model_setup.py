@@ -1,0 +1,195 @@
+"""The model of a run, divided among the ranks, and the passes of one step over it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from megatron.core.datasets.loader import TensorBatch
+from megatron.core.distributed import (
+    DataParallel,
+    ShardingStrategy,
+    SharedParameters,
+    default_sharding_strategy,
+    sum_replicated_gradients_,
+)
+from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.models.T5.t5_pipeline import StagePlan, choose_plan
+from megatron.core.models.T5.t5_sharding import shard_t5
+from megatron.core.models.T5.t5_stage import T5Stage
+from megatron.core.models.T5.t5_units import Units
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import initialize_parameters, model_parameters
+from megatron.core.pipeline_parallel.runtime import Pipeline
+from megatron.core.tensor_parallel import TensorParallel
+from megatron.training.config import RunConfig
+
+
+def plan_stages(
+    config: RunConfig, context: ParallelContext, encoder_length: int, decoder_length: int, num_microbatches: int
+) -> StagePlan | None:
+    """The stages of the pipeline, the same on all ranks; None without one.
+
+    Args:
+        config: The run.
+        context: The layout.
+        encoder_length: Tokens of an encoder row.
+        decoder_length: Tokens of a decoder row.
+        num_microbatches: Microbatches of a step on each data-parallel rank.
+    """
+    if context.pp_size == 1:
+        return None
+    return context.on_main(
+        lambda: choose_plan(
+            config.model, config.parallel, encoder_length, decoder_length, num_microbatches,
+            recompute_granularity=config.compute.recompute_granularity, compiled=config.compute.compile,
+        )
+    )  # fmt: skip
+
+
+def sharding_strategy(config: RunConfig) -> ShardingStrategy:
+    """What data-parallel ranks divide: as configured, or by the size of a rank's share; the same on all ranks."""
+    given = config.parallel.data_parallel_sharding_strategy
+    if given is not None:
+        return given
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in T5Model(config.model).parameters())
+    parallel = config.parallel
+    num_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return default_sharding_strategy(4 * num_parameters // num_ranks)
+
+
+def build_stages(
+    config: RunConfig, context: ParallelContext, plan: StagePlan | None, tensor_parallel: TensorParallel
+) -> tuple[list[T5Model], list[DataParallel]]:
+    """The stages of this rank on the meta device, divided over tensor- and data-parallel ranks.
+
+    Without a pipeline there is one "stage", the whole model.
+    """
+    strategy = sharding_strategy(config)
+    z_loss_weight = config.optimizer.z_loss_weight
+    stages: list[T5Model] = []
+    with torch.device("meta"):
+        if plan is None:
+            stages = [T5Model(config.model, config.compute, z_loss_weight, tensor_parallel=tensor_parallel)]
+        else:
+            units = [plan.stages[index] for index in plan.stages_of(context.pp_rank)]
+            stages = [T5Stage(config.model, config.compute, z_loss_weight, u, tensor_parallel) for u in units]
+    for stage in stages:
+        shard_t5(stage, context)
+        if config.compute.compile:
+            for layer in stage.blocks:
+                layer.compile()
+    data_parallel = [DataParallel(stage, context, config.compute, stage.blocks, strategy) for stage in stages]
+    return stages, data_parallel
+
+
+class DistributedModel:
+    """What this rank holds of the model, with its initial values, and one step's passes over all ranks' parts.
+
+    Args:
+        config: The run.
+        context: The layout.
+        plan: The stages, of `plan_stages`.
+        num_microbatches: Microbatches of a step on each data-parallel rank.
+
+    Attributes:
+        stages: The modules of this rank.
+        parameters: All its parameters, pipeline copies marked.
+        shared: The parameters that several stages hold; None without a pipeline.
+        has_loss: Whether losses are computed on this rank.
+        counts_loss: Whether this rank's losses count: tensor-parallel ranks compute the same ones.
+    """
+
+    def __init__(
+        self, config: RunConfig, context: ParallelContext, plan: StagePlan | None, num_microbatches: int
+    ) -> None:
+        self.context = context
+        self.plan = plan
+        self.tensor_parallel = TensorParallel.of(context, config.parallel)
+        self.stages, self.data_parallel = build_stages(config, context, plan, self.tensor_parallel)
+        for stage in self.stages:
+            stage.to_empty(device=context.device)
+            initialize_parameters(stage, config.training.seed)
+        self.shared: SharedParameters | None = None
+        self.pipeline: Pipeline | None = None
+        if plan is None:
+            self.parameters = model_parameters(self.stages)
+        else:
+            self.shared = SharedParameters(self.stages, plan.stages_of(context.pp_rank), context)
+            self.parameters = self.shared.parameters
+            self.pipeline = Pipeline(self.stages, plan, context, num_microbatches)
+        self.num_microbatches = num_microbatches
+        head = Units.of(config.model).head
+        self.has_loss = any(head in stage.units for stage in self.stages)
+        self.counts_loss = self.has_loss and context.tp_rank == 0
+        self.has_dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
+        self.seed = config.training.seed
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, copies counted once; all ranks call it together."""
+        count = torch.tensor(sum(p.parameter.numel() for p in self.parameters if not p.is_copy))
+        if self.pipeline is not None:
+            count = count.to(self.context.device)
+            torch.distributed.all_reduce(count, group=self.context.pp_group)
+        return int(count)
+
+    def seed_dropout(self, step: int) -> None:
+        """Make dropout masks a function of (seed, step, rank), so that resuming needs no generator state."""
+        if self.has_dropout:
+            key = f"{self.seed}/{step}/{self.context.dp_rank}/{self.context.pp_rank}"
+            self.tensor_parallel.seed_dropout(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little"))
+
+    def forward_backward(self, batch: TensorBatch, factor: torch.Tensor) -> torch.Tensor:
+        """Gradients of `factor` x the summed loss of a step, left unreduced on each rank.
+
+        Args:
+            batch: All microbatches of this data-parallel rank, `[num_microbatches * b, ...]`.
+            factor: 0-dimensional; the loss scale over the global number of target tokens.
+
+        Returns:
+            Sums of cross-entropy and z-loss, float64 `[2]`; zeros where there is no loss.
+        """
+        if self.pipeline is not None:
+            return self.pipeline.forward_backward(batch._asdict(), factor)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        microbatches = batch.split(self.num_microbatches)
+        for number, microbatch in enumerate(microbatches):
+            self.data_parallel[0].set_gradient_sync(number == len(microbatches) - 1)
+            losses = self.stages[0](**microbatch._asdict()).loss
+            sums = torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])
+            (sums.sum() * factor).backward()
+            totals += sums.detach()
+        return totals
+
+    def finish_gradients(self) -> None:
+        """Sum the gradients over everything that has a part in them; then every rank has what its update needs."""
+        for data_parallel in self.data_parallel:
+            data_parallel.reduce_gradients()
+        if self.tensor_parallel.sequence_parallel:
+            sum_replicated_gradients_(self.parameters, self.context)
+        if self.shared is not None:
+            self.shared.sum_gradients_()
+
+    @torch.no_grad()
+    def token_losses(self, batch: TensorBatch) -> torch.Tensor | None:
+        """Cross-entropy of every target token `[rows, t]`, None on a rank without losses; all ranks call it together.
+
+        `batch` holds `evaluation_microbatches` microbatches.
+        """
+        if self.pipeline is not None:
+            return self.pipeline.evaluate(batch._asdict())
+        losses: torch.Tensor = self.stages[0](**batch._asdict()).loss.cross_entropy
+        return losses
+
+    @property
+    def evaluation_microbatches(self) -> int:
+        """Microbatches of one call of `token_losses`: a pipeline needs as many as in training."""
+        return 1 if self.pipeline is None else self.num_microbatches
+
+    def train_mode(self, training: bool) -> None:
+        """Switch dropout on or off."""
+        for stage in self.stages:
+            nn.Module.train(stage, training)
