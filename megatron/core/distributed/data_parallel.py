@@ -54,6 +54,9 @@ class DataParallel:
         compute: Precision; with bf16 or fp16, shards are gathered in it and gradients reduced in fp32.
         blocks: The repeated layers in the order in which they run; what is not in them forms the outermost unit.
         strategy: One of the above. Default: by the size of `model`.
+
+    Attributes:
+        unit_bytes: Of each FSDP2 unit, its parameters in fp32 before they are sharded; empty for replicas.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class DataParallel:
         self.model = model
         self.context = context
         self.strategy: ShardingStrategy = strategy or default_sharding_strategy(parameter_bytes(model))
+        self.unit_bytes: list[int] = []
         if context.dp_size > 1 and self.strategy != "no_shard":
             self._shard(compute, blocks)
 
@@ -78,6 +82,8 @@ class DataParallel:
             cast_forward_inputs=False,  # the model decides what is computed in fp32
         )
         layers = [] if self.strategy == "optim" else group_blocks(blocks, MIN_UNIT_MIB * 2**20)
+        self.unit_bytes = [sum(map(parameter_bytes, unit)) for unit in layers]
+        self.unit_bytes.append(parameter_bytes(self.model) - sum(self.unit_bytes))
         for unit in [*layers, [self.model]]:
             fully_shard(
                 unit,
