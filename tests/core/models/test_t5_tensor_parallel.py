@@ -1,11 +1,16 @@
 """The model divided among tensor-parallel ranks computes what the whole model computes."""
 
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
+from megatron.core.inference.generation import greedy_decode
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_sharding import shard_t5
+from megatron.core.models.T5.t5_stage import T5Stage
+from megatron.core.models.T5.t5_units import Units
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import initialize_parameters
 from megatron.core.tensor_parallel import IGNORED_LABEL, TensorParallel
@@ -47,9 +52,9 @@ def context_of(size, sequence_parallel):
     return context, TensorParallel.of(context, parallel)
 
 
-def build(model_config, compute, context=None, parallel=None, units=None, model_class=T5Model):
+def build(model_config, compute, context=None, parallel=None, units=None, model_class=T5Model, dtype=torch.float64):
     with torch.device("meta"):
-        model = model_class(model_config, compute, 1e-2, units, parallel).double()
+        model = model_class(model_config, compute, 1e-2, units, parallel).to(dtype)
     if context is not None:
         shard_t5(model, context)
     model.to_empty(device="cpu")
@@ -96,26 +101,162 @@ def masks_of(lengths, kind):
     return {}
 
 
-def _compare_with_one_process(rank, size):
+def compare(size, sequence_parallel, cases):
+    context, parallel = context_of(size, sequence_parallel)
+    for number, name in enumerate(cases):
+        options, compute, lengths = CASES[name]
+        model_config, compute = config(**options), ComputeConfig(**compute)
+        ids = batch(model_config.vocab_size, lengths)
+        masks = masks_of(lengths, ("none", "masks", "segments")[number % 3])
+        whole, part = build(model_config, compute), build(model_config, compute, context, parallel)
+        for found, expected in zip(run(part, ids, **masks), run(whole, ids, **masks), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        expected_gradients = {n: p.grad for n, p in whole.named_parameters()}
+        for parameter_name, parameter in part.named_parameters():
+            found, expected = summed(parameter.grad, sequence_parallel), expected_gradients[parameter_name]
+            if len(found) > len(expected):  # rows that pad the vocabulary
+                assert found[len(expected) :].eq(0).all()
+                assert parameter.full_tensor()[len(expected) :].eq(0).all()
+                found = found[: len(expected)]
+            error = (found - expected).norm() / max(expected.norm(), 1e-6)
+            assert error < 1e-12, (name, parameter_name, sequence_parallel, error)
+
+
+def check_stages(sequence_parallel):
+    """Stages one after the other, cut in three ways, are the whole model."""
+    model_config, compute = config(share_embeddings_and_output_weights=True), ComputeConfig()
+    context, parallel = context_of(2, sequence_parallel)
+    encoder_ids, decoder_ids, labels = batch(64, (9, 5))
+    inputs = {"encoder_input_ids": encoder_ids, "decoder_input_ids": decoder_ids, "labels": labels}
+    losses = build(model_config, compute, context, parallel)(**inputs).loss
+    units = Units.of(model_config).all
+    for cuts in ([5], [3, 7], units[1:]):
+        passed = ()
+        for start, end in zip([0, *cuts], [*cuts, len(units)], strict=True):
+            stage = build(model_config, compute, context, parallel, units[start:end], T5Stage)
+            passed = stage(*passed, **inputs)
+            assert all(tensor.shape[1] in ((5, 3) if sequence_parallel else (9, 5)) for tensor in passed)
+        assert all(torch.equal(found, expected) for found, expected in zip(passed, losses, strict=True))
+
+
+def check_generation(sequence_parallel):
+    model_config, compute = config(vocab_size=61), ComputeConfig()
+    context, parallel = context_of(2, sequence_parallel)
+    ids = batch(61, (9, 5))[0]
+    part, whole = build(model_config, compute, context, parallel), build(model_config, compute)
+    assert torch.equal(greedy_decode(part, ids, 4, 0, 1), greedy_decode(whole, ids, 4, 0, 1))
+
+
+def check_low_precision(sequence_parallel):
+    model_config, ids = config(), batch(64, (9, 5))
+    context, parallel = context_of(2, sequence_parallel)
+    expected = run(build(model_config, ComputeConfig()), ids)
+    for flag in ("bf16", "fp16"):
+        part = build(model_config, ComputeConfig(**{flag: True}), context, parallel, dtype=torch.float32)
+        found = run(part, ids)
+        assert found[0].dtype == torch.float32
+        torch.testing.assert_close(found[0].double(), expected[0], rtol=3e-2, atol=3e-2)
+
+
+def _two_ranks(rank):
     for sequence_parallel in (False, True):
-        context, parallel = context_of(size, sequence_parallel)
-        for number, (name, (options, compute, lengths)) in enumerate(CASES.items()):
-            model_config, compute = config(**options), ComputeConfig(**compute)
-            ids = batch(model_config.vocab_size, lengths)
-            masks = masks_of(lengths, ("none", "masks", "segments")[number % 3])
-            whole, part = build(model_config, compute), build(model_config, compute, context, parallel)
-            for found, expected in zip(run(part, ids, **masks), run(whole, ids, **masks), strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-            expected_gradients = {n: p.grad for n, p in whole.named_parameters()}
-            for parameter_name, parameter in part.named_parameters():
-                found, expected = summed(parameter.grad, sequence_parallel), expected_gradients[parameter_name]
-                if len(found) > len(expected):  # rows that pad the vocabulary
-                    assert found[len(expected) :].eq(0).all()
-                    assert parameter.full_tensor()[len(expected) :].eq(0).all()
-                    found = found[: len(expected)]
-                error = (found - expected).norm() / max(expected.norm(), 1e-6)
-                assert error < 1e-12, (name, parameter_name, sequence_parallel, error)
+        compare(2, sequence_parallel, CASES)
+        check_stages(sequence_parallel)
+        check_generation(sequence_parallel)
+        check_low_precision(sequence_parallel)
 
 
-def test_losses_logits_and_gradients_equal_those_of_one_process():
-    run_distributed(_compare_with_one_process, 2, 2)
+def test_two_ranks_equal_one():
+    run_distributed(_two_ranks, 2)
+
+
+def _four_ranks(rank):
+    for sequence_parallel in (False, True):
+        compare(4, sequence_parallel, ["odd vocabulary", "odd vocabulary, tied", "rotary, scaled"])
+
+
+def test_four_ranks_equal_one():
+    run_distributed(_four_ranks, 4)
+
+
+def dropout_run(model, seed):
+    model.zero_grad()
+    model.tensor_parallel.seed_dropout(seed)
+    losses = model(*batch(64, (9, 5))).loss
+    losses.cross_entropy.sum().backward()
+    return [losses.cross_entropy.detach()] + [parameter.grad.to_local().clone() for parameter in model.parameters()]
+
+
+def _dropout(rank, sequence_parallel):
+    context, parallel = context_of(2, sequence_parallel)
+    parallel.seed_dropout(7)
+    masks = []
+    for _ in range(2):
+        masks += [torch.nn.functional.dropout(torch.ones(500), 0.3), parallel.dropout(torch.ones(500), 0.3, True)]
+    options = {"hidden_dropout": 0.3, "attention_dropout": 0.2}
+    results = []
+    for recompute in (
+        {},
+        {"recompute_granularity": "selective"},
+        {"recompute_granularity": "full", "recompute_num_layers": 2},
+        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+    ):
+        model = build(config(**options), ComputeConfig(**recompute), context, parallel)
+        results.append(dropout_run(model, seed=3))
+    other_seed = dropout_run(model, seed=4)
+    assert not torch.equal(other_seed[0], results[0][0])
+    for result in results[1:]:
+        assert all(torch.equal(found, expected) for found, expected in zip(result, results[0], strict=True))
+    replicated = [
+        gradient
+        for gradient, parameter in zip(results[0][1:], model.parameters(), strict=True)
+        if parameter.placements[0].is_replicate()
+    ]
+    return masks, results[0][0], replicated
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_dropout(sequence_parallel):
+    """Masks of replicated activations are equal on all ranks, of split ones not; recomputation repeats both."""
+    (masks, losses, replicated), (other_masks, other_losses, other_replicated) = run_distributed(
+        _dropout, 2, sequence_parallel
+    )
+    assert torch.equal(losses, other_losses)
+    for number, (mask, other) in enumerate(zip(masks, other_masks, strict=True)):
+        split = sequence_parallel or number % 2 == 1
+        assert torch.equal(mask, other) is not split
+        assert abs(mask.mean() - 1) < 0.1 and abs((mask * other).mean() - (1 if split else 1 / 0.7)) < 0.15
+    assert not any(torch.equal(masks[i], masks[j]) for i in range(4) for j in range(i))
+    for gradient, other in zip(replicated, other_replicated, strict=True):
+        assert torch.equal(gradient, other) is not sequence_parallel
+
+
+def _collectives(rank):
+    counts = {}
+    for sequence_parallel in (False, True):
+        context, parallel = context_of(2, sequence_parallel)
+        model = build(config(), ComputeConfig(), context, parallel)
+        with CommDebugMode() as forward:
+            losses = model(*batch(64, (8, 6))).loss
+        with CommDebugMode() as backward:
+            losses.cross_entropy.sum().backward()
+        counts[sequence_parallel] = [
+            {str(name).removeprefix("c10d."): count for name, count in mode.get_comm_counts().items()}
+            for mode in (forward, backward)
+        ]
+    return counts
+
+
+def test_number_of_collectives():
+    """An encoder layer 2 + 2, a decoder layer 3 + 3, forward + backward; under sequence parallelism halves of them."""
+    blocks = 3 * 2 + 2 * 3
+    for counts in run_distributed(_collectives, 2):
+        forward, backward = counts[False]
+        assert forward == {"allreduce_": blocks + 1, "_allgather_base_": 1}  # both embeddings; the loss
+        assert backward == {"allreduce_": blocks + 2}  # encoder output, head
+        forward, backward = counts[True]
+        assert forward == {
+            "_allgather_base_": blocks + 3,  # encoder output, head, loss
+            "_reduce_scatter_base_": blocks + 1,  # both embeddings
+        }
+        assert backward == {"_allgather_base_": blocks + 1, "_reduce_scatter_base_": blocks + 2}
