@@ -9,7 +9,7 @@ import torch
 
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.errors import UserError
-from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.models.T5.t5_model import T5Model, recomputation_groups
 from megatron.core.parameters import initialize_parameters
 from megatron.core.transformer.transformer_layer import DecoderLayer, EncoderLayer
 
@@ -119,6 +119,41 @@ def test_recomputation_changes_no_gradient(granularity, backend):
         assert torch.equal(gradient, results[1][name]), name
 
 
+@pytest.mark.parametrize(
+    ("method", "num_layers", "expected"),
+    [
+        ("uniform", None, [[0], [1], [2], [3], [4]]),
+        ("uniform", 2, [[0, 1], [2, 3], [4]]),
+        ("uniform", 9, [[0, 1, 2, 3, 4]]),
+        ("block", None, [[0], [1], [2], [3], [4]]),
+        ("block", 2, [[0], [1]]),
+        ("block", 9, [[0], [1], [2], [3], [4]]),
+    ],
+)
+def test_which_layers_are_recomputed(method, num_layers, expected):
+    options = {"recompute_method": method, "recompute_num_layers": num_layers}
+    groups = recomputation_groups(ComputeConfig(recompute_granularity="full", **options), 5)
+    assert [list(group) for group, recompute in groups if recompute] == expected
+    assert [i for group, _ in groups for i in group] == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("method", "num_layers", "calls"), [("uniform", 2, [2, 2, 2, 2, 2]), ("block", 1, [2, 1, 2, 1, 1])]
+)
+def test_groups_of_layers_are_recomputed(method, num_layers, calls):
+    options = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": num_layers}
+    results = []
+    for compute in (ComputeConfig(), ComputeConfig(**options)):
+        model, counts = build(0.01, compute=compute, hidden_dropout=0.3, attention_dropout=0.3), [0] * 5
+        for i, block in enumerate(model.blocks):
+            block.register_forward_pre_hook(lambda *_, i=i, counts=counts: counts.__setitem__(i, counts[i] + 1))
+        torch.manual_seed(5)
+        sum(term.sum() for term in model(ids(2, 9), ids(2, 6, seed=1), ids(2, 6, seed=2)).loss).backward()
+        results.append(gradients(model))
+    assert counts == calls
+    assert all(torch.equal(gradient, results[1][name]) for name, gradient in results[0].items())
+
+
 def test_selective_recomputation_keeps_no_scores():
     def largest_saved(recompute):
         compute = ComputeConfig(recompute_granularity=recompute)
@@ -145,6 +180,34 @@ def test_bf16_is_close_to_fp32():
         assert rounded_gradients[name].dtype == torch.float32
         cosine = torch.cosine_similarity(gradient.flatten(), rounded_gradients[name].flatten(), dim=0)
         assert cosine > 0.99, (name, cosine)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_fp16_trains_close_to_fp32(position, recompute):
+    """Losses of some steps under a loss scale; the residual stream is fp32, the encoder output fp16."""
+    losses = {}
+    for fp16 in (False, True):
+        compute = ComputeConfig(fp16=fp16, recompute_granularity=recompute)
+        model = build(1e-4, compute=compute, position_embedding_type=position)
+        optimizer, scale = torch.optim.AdamW(model.parameters(), lr=3e-3), 2.0**10 if fp16 else 1.0
+        batch = ids(4, 21), ids(4, 15, seed=1), ids(4, 15, seed=2)
+        mask = torch.arange(21) < torch.tensor([[21], [4], [9], [13]])
+        losses[fp16] = []
+        for _ in range(8):
+            output = model(*batch, encoder_mask=mask)
+            loss = sum(term.mean() for term in output.loss)
+            (loss * scale).backward()
+            for parameter in model.parameters():
+                parameter.grad.div_(scale)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[fp16].append(loss.item())
+    assert output.encoder_output.dtype == torch.float16 and output.loss.cross_entropy.dtype == torch.float32
+    (hidden,) = model.embedding(batch[0])
+    assert model.encoder.layers["0"](hidden, None, None).dtype == torch.float32
+    assert losses[True] == pytest.approx(losses[False], rel=2e-3)
+    assert losses[True][-1] < losses[True][0] - 0.1
 
 
 @pytest.mark.parametrize("position", POSITIONS)

@@ -9,7 +9,7 @@ from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.parameters import initialize_parameters
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.attention import sdpa_attention, unfused_attention
-from megatron.core.transformer.attention_bias import MASKED_SCORE, masked_bias, visible_keys
+from megatron.core.transformer.attention_bias import MASKED_SCORE, masked_bias, masked_score, visible_keys
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.norm import LayerNorm, RMSNorm
 from megatron.core.transformer.rotary import apply_rotary, rotary_angles
@@ -42,7 +42,7 @@ def test_backends_agree(seed, b, q, k, shared, scale):
 
 
 @pytest.mark.parametrize("attention", [unfused_attention, sdpa_attention])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_without_visible_keys_stay_finite(attention, dtype):
     query, key, value, bias = (x.detach().to(dtype).requires_grad_() for x in attention_inputs(0, 2, 2, 5, 5, 4, 1))
     queries = torch.tensor([[1, 1, 2, 0, 0], [3, 0, 0, 0, 0]])
@@ -54,6 +54,25 @@ def test_rows_without_visible_keys_stay_finite(attention, dtype):
     for tensor in (query, key, value, bias):
         assert tensor.grad.isfinite().all()
     assert query.grad[1].eq(0).all() and value.grad[1].eq(0).all() and value.grad[0, :, 3:].eq(0).all()
+
+
+def test_the_fp16_mask_is_finite_under_any_score():
+    assert masked_score(torch.float32) == masked_score(torch.bfloat16) == MASKED_SCORE
+    scores = torch.tensor([masked_score(torch.float16), -3e4], dtype=torch.float16)
+    assert scores.sum().isfinite() and scores[0] + 3e4 < -1e3
+
+
+def test_fp16_feed_forward_beyond_the_range_of_fp16():
+    """The outputs of T5's feed-forward blocks exceed 65504, and so do those of this one; its sums are exact in fp16."""
+    mlp = MLP(config(activation_function="relu", ffn_hidden_size=1000), ComputeConfig(fp16=True), 1, TensorParallel())
+    with torch.no_grad():
+        mlp.wi.weight.fill_(1.0)
+        mlp.wo.weight.fill_(2.0)
+    x = torch.full((1, 1, 16), 4.0, dtype=torch.float16, requires_grad=True)
+    output = mlp(x)
+    assert output.dtype == torch.float32 and output.eq(1000 * 2 * 16 * 4).all()
+    (output.sum() / 1024).backward()
+    assert x.grad.eq(1000 * 2 * 16 / 1024).all() and mlp.wo.weight.grad.eq(64 / 1024).all()
 
 
 def test_masked_keys_have_no_weight():
