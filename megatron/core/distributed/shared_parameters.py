@@ -80,17 +80,23 @@ class SharedParameters:
         self._groups = self._create_groups()
 
     def _create_groups(self) -> dict[tuple[int, ...], dist.ProcessGroup]:
-        """A process group for each set of pipeline ranks with a parameter in common that this rank is one of."""
-        assert self.context.pp_group is not None
-        sets = sorted({holders.ranks for holders in self._holders.values()})
+        """A process group for each set of pipeline ranks with a parameter in common that this rank is one of.
+
+        All ranks of the world create all groups in the same order, as torch asks for (its local alternative hangs with
+        groups that overlap).
+        """
+        context = self.context
+        assert context.mesh is not None and context.pp_group is not None
         groups = {}
-        for ranks in sets:
-            if len(ranks) == self.context.pp_size:
-                groups[ranks] = self.context.pp_group
-            elif len(ranks) > 1 and self.context.pp_rank in ranks:
-                # Its members create it together; all ranks come to their groups in the same order.
-                members = [self._global_ranks[rank] for rank in ranks]
-                groups[ranks] = dist.new_group(members, use_local_synchronization=True)
+        for ranks in sorted({holders.ranks for holders in self._holders.values()}):
+            if len(ranks) == context.pp_size:
+                groups[ranks] = context.pp_group
+            elif len(ranks) > 1:
+                for dp_rank in range(context.dp_size):
+                    for tp_rank in range(context.tp_size):
+                        group = dist.new_group(context.mesh.mesh[list(ranks), dp_rank, tp_rank].tolist())
+                        if (dp_rank, tp_rank) == (context.dp_rank, context.tp_rank) and context.pp_rank in ranks:
+                            groups[ranks] = group
         return groups
 
     def _by_group(self) -> list[tuple[tuple[int, ...], dist.ProcessGroup, list[str]]]:
