@@ -2,6 +2,7 @@
 
 One process:       python pretrain_t5.py --preset t5-v1_1-small --data-path my_corpus --save runs/small
 Several processes: torchrun --nproc-per-node 8 pretrain_t5.py ... (the same flags)
+What it would need: python pretrain_t5.py ... --dry-run
 """
 
 import os
@@ -17,9 +18,15 @@ def main() -> None:
     for warning in arguments.warnings:
         warn(warning, is_main)
 
+    vocab_size_given = arguments.sources["vocab_size"] in ("flag", "config file")
+    if arguments.dry_run.dry_run:
+        from megatron.training.dry_run import dry_run
+
+        dry_run(arguments.config, arguments.dry_run, vocab_size_given)
+        return
     from megatron.training.training import pretrain
 
-    pretrain(arguments.config, vocab_size_given=arguments.sources["vocab_size"] in ("flag", "config file"))
+    pretrain(arguments.config, vocab_size_given)
 
 
 if __name__ == "__main__":

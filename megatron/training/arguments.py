@@ -30,7 +30,7 @@ import yaml
 from megatron.core.config import flag_name
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_presets import PRESETS
-from megatron.training.config import GROUPS, RunConfig
+from megatron.training.config import FLAG_GROUPS, GROUPS, DryRunConfig, RunConfig
 from megatron.training.megatron_flags import MEGATRON_FLAGS, MEGATRON_VALUES, NoEffect, Refused, Translated
 
 EXIT_USER_ERROR = 1
@@ -45,7 +45,7 @@ class Option:
 
     Attributes:
         name: Field name.
-        group: Key of the dataclass in `GROUPS`.
+        group: Key of the dataclass in `FLAG_GROUPS`.
         type: `bool`, `int`, `float`, `str`, or `list` (of strings).
         choices: Permitted values, or None.
         aliases: Further spellings.
@@ -70,11 +70,13 @@ class ParsedArguments:
 
     Attributes:
         config: The run's configuration.
+        dry_run: Whether and how to look at the run only.
         sources: Where each field's value came from: `flag`, `config file`, `preset` or `default`.
         warnings: One line for each flag that has no effect.
     """
 
     config: RunConfig
+    dry_run: DryRunConfig
     sources: dict[str, str]
     warnings: list[str]
 
@@ -105,7 +107,7 @@ def options() -> tuple[Option, ...]:
 
 
 def _options() -> Iterator[Option]:
-    for group, config_class in GROUPS.items():
+    for group, config_class in FLAG_GROUPS.items():
         hints, docs = typing.get_type_hints(config_class), _field_docstrings(config_class)
         for field in dataclasses.fields(config_class):
             kind, choices = _scalar_type(hints[field.name])
@@ -151,7 +153,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="YAML file of flag names and values; flags on the command line win"
     )
     parser.add_argument("--print-config", action="store_true", help="print every value, where it came from, and exit")
-    for group in GROUPS:
+    for group in FLAG_GROUPS:
         add_group_flags(parser, group)
     for flag, meaning in MEGATRON_FLAGS.items():
         values: dict[str, Any] = {"nargs": "*"} if isinstance(meaning, Refused) else {"action": "store_true"}
@@ -162,8 +164,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def add_group_flags(parser: argparse.ArgumentParser, group: str) -> None:
-    """Add the flags of one configuration dataclass, by its key in `GROUPS`; `group_config` reads them."""
-    doc = (GROUPS[group].__doc__ or "").strip().split("\n")[0]
+    """Add the flags of one configuration dataclass, by its key in `FLAG_GROUPS`; `group_config` reads them."""
+    doc = (FLAG_GROUPS[group].__doc__ or "").strip().split("\n")[0]
     argument_group = parser.add_argument_group(group, doc)
     for option in options():
         if option.group == group:
@@ -190,7 +192,7 @@ def group_config(flags: dict[str, Any], group: str) -> Any:
     """
     names = {option.name: option for option in options() if option.group == group}
     given = {name: value for name in names if (value := flags.pop(name, None)) is not None}
-    return GROUPS[group](**{name: _convert(names[name], value, flag_name(name)) for name, value in given.items()})
+    return FLAG_GROUPS[group](**{name: _convert(names[name], value, flag_name(name)) for name, value in given.items()})
 
 
 def _add_option(group: Any, option: Option) -> None:
@@ -322,7 +324,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> Parsed
     parser = build_parser(prog)
     given = vars(parser.parse_args(argv))
     print_only, config_file = given.pop("print_config", False), given.pop("config", None)
-    by_name = {option.name: option for option in options()}
+    dry_run: DryRunConfig = group_config(given, "dry_run")
+    by_name = {option.name: option for option in options() if option.group in GROUPS}
     warnings: list[str] = []
     translated = _megatron_flags(given, warnings)
     from_file = _read_config_file(config_file, by_name) if config_file else {}
@@ -340,7 +343,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> Parsed
     if print_only:
         print(format_config(config, sources))
         parser.exit(0)
-    return ParsedArguments(config, sources, warnings)
+    return ParsedArguments(config, dry_run, sources, warnings)
 
 
 def _assemble(layers: dict[str, dict[str, Any]], by_name: dict[str, Option]) -> tuple[RunConfig, dict[str, str]]:

@@ -97,6 +97,28 @@ class LoggingConfig:
 
 
 @dataclass(kw_only=True)
+class DryRunConfig:
+    """What a run would need, without running it; not part of the run."""
+
+    dry_run: bool = False
+    """Print memory, operations and the stages of every rank, and exit; needs no data, no GPU and no launcher."""
+    dry_run_world_size: int | None = None
+    """Ranks of the world looked at. Default: WORLD_SIZE, or the smallest that the layout allows."""
+    dry_run_rank: int | None = None
+    """Print the tensors of this rank too."""
+    device_memory_gib: float | None = None
+    """Memory of one device in GiB; a layout that does not fit is refused."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "dry_run_world_size", "device_memory_gib")
+        if self.dry_run_rank is not None and self.dry_run_rank < 0:
+            raise UserError(f"--dry-run-rank is {self.dry_run_rank}; ranks count from 0")
+        for name in ("dry_run_world_size", "dry_run_rank", "device_memory_gib"):
+            if getattr(self, name) is not None and not self.dry_run:
+                raise UserError(f"{flag_name(name)} needs --dry-run; add it or remove the flag")
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """Everything that defines a run. Travels in its checkpoints."""
 
@@ -157,3 +179,7 @@ GROUPS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
 }
+"""The parts of `RunConfig`."""
+
+FLAG_GROUPS: dict[str, type] = {**GROUPS, "dry_run": DryRunConfig}
+"""Everything that has flags."""

@@ -1,0 +1,330 @@
+"""`--dry-run`: what a run would need on every rank of a world of any size, on one machine without GPUs or data.
+
+Each pipeline rank is built in turn as the trainer builds it, with torch's fake process group and on the meta device, so
+that layouts are refused and parameters divided by the same code. What is not allocated there is computed: activations
+by `T5Memory` for the microbatches that the schedule has in flight, gradients and optimizer state by what they are kept
+for. Data- and tensor-parallel peers need the same (the first of them the most), so one rank stands for them.
+
+The CUDA context, the buffers of the communication library and fragmentation come on top: a few GiB on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from megatron.core.datasets.t5_dataset import span_corruption_lengths
+from megatron.core.distributed import DataParallel
+from megatron.core.errors import UserError
+from megatron.core.models.T5.t5_flops import training_flops_per_sequence
+from megatron.core.models.T5.t5_memory import T5Memory
+from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.models.T5.t5_pipeline import message_elements, simulate_plan
+from megatron.core.models.T5.t5_units import Units
+from megatron.core.optimizer.memory import optimizer_state_bytes
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import ModelParameter, local_tensor, model_parameters
+from megatron.core.tensor_parallel import TensorParallel
+from megatron.training.config import DryRunConfig, RunConfig
+from megatron.training.console import say
+from megatron.training.data import fit_vocabulary, open_data
+from megatron.training.model_setup import build_stages, plan_stages, sharding_strategy
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that a rank needs at the peak of a step.
+
+    Attributes:
+        weights: fp32 parameters, the part that this rank keeps.
+        gathered: Parameters of others that FSDP2 has gathered to compute with.
+        gradients: fp32 sums over the microbatches, and the part that this rank keeps of their sum over the ranks.
+        optimizer: State of the optimizer.
+        activations: What forward passes keep for backward passes.
+        messages: Buffers for hidden states and gradients from neighbouring stages.
+        workspace: Gradients of activations, recomputed activations, or buffers of the gradients' reduction.
+    """
+
+    weights: int
+    gathered: int
+    gradients: int
+    optimizer: int
+    activations: int
+    messages: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+# Columns of the printed table and their widths.
+_COLUMNS = {field.name: max(len(field.name), 7) for field in fields(RankMemory)} | {"total": 7}
+
+
+@dataclass(frozen=True)
+class DryRank:
+    """One pipeline rank, for all its data- and tensor-parallel ranks.
+
+    Attributes:
+        pp_rank: Its number.
+        num_parameters: Parameters of its stages, before any division; copies that other stages hold too are counted.
+        owned_parameters: Parameters that are counted here when copies are counted once.
+        memory: Of its first rank.
+        busy: Share of the step that it works, simulated.
+    """
+
+    pp_rank: int
+    num_parameters: int
+    owned_parameters: int
+    memory: RankMemory
+    busy: float
+
+
+class DryRun:
+    """A run that is looked at and not made.
+
+    Args:
+        config: The run; its vocabulary is known.
+        world_size: Ranks.
+        encoder_length: Tokens of an encoder row.
+        decoder_length: Tokens of a decoder row.
+
+    Raises:
+        UserError: The layout is impossible.
+    """
+
+    def __init__(self, config: RunConfig, world_size: int, encoder_length: int, decoder_length: int) -> None:
+        self.config, self.world_size = config, world_size
+        self.lengths = (encoder_length, decoder_length)
+        parallel = config.parallel
+        with _fake_world(config, 0, world_size) as context:
+            self.dp_size = context.dp_size
+            self.num_microbatches = config.training.num_microbatches(context.dp_size)
+            self.plan = plan_stages(config, context, encoder_length, decoder_length, self.num_microbatches)
+            self.strategy = sharding_strategy(config) if context.dp_size > 1 else "no_shard"
+        self.global_batch_size = config.training.micro_batch_size * self.dp_size * self.num_microbatches
+        compute = config.compute
+        self.memory = T5Memory(
+            config.model, compute, parallel, config.training.micro_batch_size, encoder_length, decoder_length,
+            casts_weights=(compute.bf16 or compute.fp16) and self.strategy == "no_shard",
+        )  # fmt: skip
+        self.ranks_per_stage = world_size // parallel.pipeline_model_parallel_size
+
+    @property
+    def flops(self) -> int:
+        """Operations of a step over all ranks, without recomputation."""
+        return training_flops_per_sequence(self.config.model, *self.lengths) * self.global_batch_size
+
+    def ranks(self) -> list[DryRank]:
+        """Every pipeline rank."""
+        activations, busy = self._simulate()
+        ranks, seen = [], set()
+        for pp_rank in range(self.config.parallel.pipeline_model_parallel_size):
+            stages, data_parallel = self.build(pp_rank * self.ranks_per_stage)
+            parameters = model_parameters(stages)
+            owned = {p.name: p.parameter.numel() for p in parameters if p.name not in seen}
+            seen |= set(owned)
+            units = [size for each in data_parallel for size in each.unit_bytes]
+            needs = max(self.memory.workspace_bytes(stage.units) for stage in stages)
+            memory = self._memory(pp_rank, parameters, units, round(activations[pp_rank]), needs)
+            num_parameters = sum(p.parameter.numel() for p in parameters)
+            ranks.append(DryRank(pp_rank, num_parameters, sum(owned.values()), memory, busy[pp_rank]))
+        return ranks
+
+    def build(self, rank: int) -> tuple[list[T5Model], list[DataParallel]]:
+        """The stages of a rank on the meta device, divided as the trainer divides them."""
+        with _fake_world(self.config, rank, self.world_size) as context:
+            tensor_parallel = TensorParallel.of(context, self.config.parallel)
+            return build_stages(self.config, context, self.plan, tensor_parallel)
+
+    def _simulate(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Bytes of activations at the peak and share of the step at work, of each pipeline rank."""
+        if self.plan is None:
+            return [self.memory.stage_bytes(Units.of(self.config.model).all)], [1.0]
+        recompute = self.config.compute.recompute_granularity == "full"
+        sizes = [float(self.memory.stage_bytes(stage)) for stage in self.plan.stages]
+        timeline = simulate_plan(self.plan, self.num_microbatches, recompute=recompute, activation_sizes=sizes)
+        return timeline.peaks_in_flight, timeline.busy_fractions
+
+    def _memory(
+        self, pp_rank: int, parameters: Sequence[ModelParameter], units: Sequence[int], activations: int, workspace: int
+    ) -> RankMemory:
+        """Memory of a rank from its parameters, the fp32 bytes of its FSDP2 units, and its activations."""
+        kept = 4 * sum(local_tensor(p.parameter.detach()).numel() for p in parameters)
+        gathered = gradients = reduction = 0
+        if units:
+            whole, largest = sum(units), max(units)
+            # Of parameters that are released after use, one unit is in use and the next on its way.
+            in_use = min(whole, 2 * largest) if self.strategy == "optim_grads_params" else whole
+            gathered = in_use * self.memory.number_bytes // 4
+            # FSDP2 sums the microbatches' whole gradients in fp32; it reduces those of a single microbatch at once.
+            gradients = whole if self.num_microbatches > 1 else largest * self.memory.number_bytes // 4
+            reduction = largest
+        return RankMemory(
+            weights=kept,
+            gathered=gathered,
+            gradients=kept + gradients,
+            optimizer=optimizer_state_bytes(self.config.optimizer, parameters),
+            activations=activations,
+            messages=self._message_bytes(pp_rank),
+            workspace=max(workspace, reduction - activations),  # most activations are gone when gradients are reduced
+        )
+
+    def _message_bytes(self, pp_rank: int) -> int:
+        """Buffers of torch's pipeline stages: one for each microbatch and each message that a stage receives.
+
+        Evaluation has stages of its own, which receive hidden states and no gradients.
+        """
+        if self.plan is None:
+            return 0
+        elements = message_elements(self.config.model, self.plan.stages, *self.lengths)
+        parallel, ranks = self.config.parallel, self.plan.ranks
+        parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        received = 0
+        for stage in self.plan.stages_of(pp_rank):
+            if stage > 0 and ranks[stage - 1] != pp_rank:
+                received += elements[stage - 1] * (2 if self.config.training.eval_iters else 1)
+            if stage + 1 < len(ranks) and ranks[stage + 1] != pp_rank:
+                received += elements[stage]
+        rows = self.config.training.micro_batch_size * self.num_microbatches
+        return received * rows * self.memory.residual_bytes // parts
+
+
+def dry_run(config: RunConfig, options: DryRunConfig, vocab_size_given: bool = False) -> None:
+    """Print what the run of `config` would need.
+
+    Args:
+        config: The run. Its data is only needed when the model's vocabulary is to be that of its tokenizer.
+        options: World and device.
+        vocab_size_given: Keep the configured vocabulary size instead of taking the tokenizer's.
+
+    Raises:
+        UserError: The layout is impossible, or does not fit into `--device-memory-gib`.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return  # under a launcher, one process is enough
+    if config.data.data_path:
+        fit_vocabulary(config, open_data(config).tokenizer, vocab_size_given)
+    data, parallel = config.data, config.parallel
+    lengths = span_corruption_lengths(data.encoder_seq_length, data.noise_density, data.mean_noise_span_length)
+    smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    world_size = options.dry_run_world_size or int(os.environ.get("WORLD_SIZE", smallest))
+    if options.dry_run_rank is not None and options.dry_run_rank >= world_size:
+        raise UserError(f"--dry-run-rank is {options.dry_run_rank}, but ranks end at {world_size - 1}; lower it")
+    run = DryRun(config, world_size, lengths.inputs, lengths.targets)
+    ranks = run.ranks()
+    for line in describe(run, ranks):
+        say(line)
+    if options.dry_run_rank is not None:
+        for line in describe_rank(run, options.dry_run_rank):
+            say(line)
+    if options.device_memory_gib is not None:
+        check_fit(run, ranks, options.device_memory_gib)
+
+
+def describe(run: DryRun, ranks: Sequence[DryRank]) -> Iterator[str]:
+    """What is printed, line by line."""
+    model, parallel, training = run.config.model, run.config.parallel, run.config.training
+    compute = run.config.compute
+    precision = "bf16" if compute.bf16 else "fp16" if compute.fp16 else "fp32"
+    yield (
+        f"model: {sum(rank.owned_parameters for rank in ranks):,} parameters; {model.encoder_num_layers} encoder and "
+        f"{model.decoder_num_layers} decoder layers, hidden size {model.hidden_size}, "
+        f"{model.num_attention_heads} heads, vocabulary {model.padded_vocab_size}"
+    )
+    yield (
+        f"layout: {run.world_size:,} ranks = {parallel.pipeline_model_parallel_size} pipeline x {run.dp_size} data x "
+        f"{parallel.tensor_model_parallel_size} tensor{' and sequence' * parallel.sequence_parallel} parallel"
+    )
+    yield (
+        f"choices: {precision}, sharding {run.strategy}, optimizer {run.config.optimizer.optimizer}, "
+        f"recomputation {compute.recompute_granularity or 'none'}"
+    )
+    yield (
+        f"step: {run.global_batch_size:,} samples of {run.lengths[0]} + {run.lengths[1]} tokens in "
+        f"{run.num_microbatches} microbatches of {training.micro_batch_size}; {run.flops / 1e12:,.1f} TFLOP, "
+        f"{run.flops / run.world_size / 1e12:,.2f} a rank"
+    )
+    if run.plan is not None:
+        yield run.plan.describe()
+    yield "memory at the peak of a step in GiB, without CUDA context, communication buffers and fragmentation:"
+    yield (
+        f"{'rank':>4} {'parameters':>10} " + " ".join(f"{name:>{w}}" for name, w in _COLUMNS.items()) + f" {'busy':>6}"
+    )
+    for rank in ranks:
+        sizes = {**asdict(rank.memory), "total": rank.memory.total}
+        cells = " ".join(f"{sizes[name] / GIB:{width}.2f}" for name, width in _COLUMNS.items())
+        yield f"{rank.pp_rank:>4} {rank.num_parameters / 1e6:>8,.0f} M {cells} {rank.busy:>6.1%}"
+    if run.plan is not None:
+        busy, fullest = sum(rank.busy for rank in ranks) / len(ranks), max(ranks, key=lambda rank: rank.memory.total)
+        yield (
+            f"pipeline rank {fullest.pp_rank} needs the most; ranks work {busy:.1%} of a step "
+            "(simulated, without communication)"
+        )
+
+
+def describe_rank(run: DryRun, rank: int) -> Iterator[str]:
+    """The tensors of one rank, line by line."""
+    tensor_size = run.config.parallel.tensor_model_parallel_size
+    pp_rank, within = divmod(rank, run.ranks_per_stage)
+    yield f"rank {rank}: pipeline {pp_rank}, data {within // tensor_size}, tensor {within % tensor_size}"
+    yield f"{'local':>16} {'global':>16}  parameter"
+    for p in model_parameters(run.build(rank)[0]):
+        local = local_tensor(p.parameter.detach())
+        shapes = [" x ".join(map(str, tensor.shape)) for tensor in (local, p.parameter)]
+        yield f"{shapes[0]:>16} {shapes[1]:>16}  {p.name}"
+
+
+def check_fit(run: DryRun, ranks: Sequence[DryRank], device_memory_gib: float) -> None:
+    """Raise `UserError` when a rank needs more than the device has, with what would help most."""
+    worst = max(ranks, key=lambda rank: rank.memory.total)
+    need = worst.memory.total / GIB
+    if need <= device_memory_gib:
+        return
+    first = worst.pp_rank * run.ranks_per_stage
+    last = first + run.ranks_per_stage - 1
+    largest = max(asdict(worst.memory).items(), key=lambda part: part[1])[0]
+    named = f"rank {first}" if first == last else f"ranks {first}-{last}"
+    raise UserError(
+        f"--device-memory-gib {device_memory_gib:g} is not enough: {named} (pipeline rank {worst.pp_rank}) "
+        f"need{'s' * (first == last)} {need:.3g} GiB, mostly {largest}; {_cure(run, largest)}"
+    )
+
+
+def _cure(run: DryRun, largest: str) -> str:
+    """What makes the largest part of the memory smaller, the cheapest first."""
+    parallel, training, compute = run.config.parallel, run.config.training, run.config.compute
+    if largest in ("activations", "messages", "workspace"):
+        if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+            return "add --sequence-parallel"
+        if training.micro_batch_size > 1:
+            return f"lower --micro-batch-size, which is {training.micro_batch_size}"
+        if compute.recompute_granularity != "full":
+            return "add --recompute-granularity full"
+    stronger = {"no_shard": "optim_grads", "optim": "optim_grads", "optim_grads": "optim_grads_params"}
+    if run.dp_size > 1 and run.strategy in stronger:
+        return f"use --data-parallel-sharding-strategy {stronger[run.strategy]}"
+    if largest == "optimizer" and run.config.optimizer.optimizer != "adafactor":
+        return "raise --tensor-model-parallel-size or --pipeline-model-parallel-size, or use --optimizer adafactor"
+    return "raise --tensor-model-parallel-size or --pipeline-model-parallel-size"
+
+
+@contextmanager
+def _fake_world(config: RunConfig, rank: int, world_size: int) -> Iterator[ParallelContext]:
+    """The layout as one rank of `world_size` sees it; collectives do nothing."""
+    # Not public, and the only process group whose peers need not exist.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield ParallelContext.create(config.parallel, torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
