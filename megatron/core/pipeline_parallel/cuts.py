@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.core.pipeline_parallel.simulator import Floats, StepSimulator
+from megatron.core.pipeline_parallel.simulator import Floats, StageCosts, StepSimulator
 
 Cuts = NDArray[np.int64]
 
@@ -44,7 +44,8 @@ class CutSearch:
     Args:
         simulator: Of the schedule.
         costs: Forward cost of each unit, whole numbers that sum to less than 2**30, `[U]`.
-        backward: A full backward pass in forward passes; the parts of a split one cost one forward pass each.
+        backward_input: Gradients of the input in forward passes, 2 when the forward pass is recomputed for them.
+            Gradients of the weights cost one forward pass.
         shorter: Simulator of a step of fewer microbatches, for long steps: further microbatches repeat the difference.
         repetitions: How many times, a whole number or not.
     """
@@ -54,14 +55,14 @@ class CutSearch:
         simulator: StepSimulator,
         costs: Sequence[int],
         *,
-        backward: int = 2,
+        backward_input: int = 1,
         shorter: StepSimulator | None = None,
         repetitions: float = 0.0,
     ) -> None:
         self.simulator = simulator
         self.shorter = shorter
         self.repetitions = repetitions
-        self.backward = backward
+        self.backward_input = backward_input
         self.unit_starts = np.concatenate([[0], np.cumsum(costs)]).astype(np.float64)
         self.shifts = _shifts(simulator.num_stages)
         self.remaining = _BUDGET // (len(simulator.order) + (0 if shorter is None else len(shorter.order)))
@@ -73,7 +74,7 @@ class CutSearch:
 
     def _step_times(self, cuts: Cuts) -> Floats:
         forward = np.diff(self.unit_starts[cuts], axis=1).T  # [S, C]
-        table = np.concatenate([forward, self.backward * forward, forward, forward])
+        table = StageCosts.from_forward(forward, self.backward_input).table()
         times = self.simulator.makespans(table)
         if self.shorter is not None:
             times = times + self.repetitions * (times - self.shorter.makespans(table))

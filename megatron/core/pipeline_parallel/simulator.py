@@ -46,7 +46,7 @@ class StageCosts:
         return cls(costs, backward_input * costs, backward_weight * costs)
 
     def table(self) -> Floats:
-        """Costs by kind of action and stage, `[4 S]`, in the order of `_KINDS`."""
+        """Costs by kind of action and stage, in the order of `_KINDS`: `[4 S]`, or `[4 S, C]` of costs `[S, C]`."""
         return np.concatenate(
             [self.forward, self.backward_input + self.backward_weight, self.backward_input, self.backward_weight]
         )

@@ -84,6 +84,7 @@ def test_layout_texts_leave_out_what_is_where_it_belongs():
     stages = parse_layout(units, "E8|E4 D2|D10")
     assert stages == (range(9), range(9, 17), range(17, 29))
     assert format_layout(units, stages) == "E8|E4 D2|D10"
+    assert format_layout(units, parse_layout(units, "E6|E6|D4*3")) == "E6*2|D4*3"
     assert parse_layout(units, "E12|norm embed D12|head") == (range(13), range(13, 28), range(28, 29))
 
 
@@ -92,6 +93,8 @@ def test_layout_texts_leave_out_what_is_where_it_belongs():
     [
         ("E4|E4 X|D8", "'X' is none of E<layers>, D<layers>, embed, norm, head"),
         ("E4|E04|D8", "'E04' is none of"),
+        ("E4 D2*4|E4", r"'D2\*4' is none of"),
+        ("E4*0|D8", r"'E4\*0' is none of"),
         ("E4|E5|D8", "has 9 encoder layers, the model has 8"),
         ("E8|D7", "has 7 decoder layers, the model has 8"),
         ("E4||E4 D8", "stage 1 is empty"),
@@ -189,17 +192,18 @@ def test_auto_leaves_out_what_cannot_run():
     plan = plan_of(1, 1, 4, ranks=4)
     assert plan.stages_per_rank == 1 and plan.schedule == "1f1b"
     assert plan_of(1, 1, 3, ranks=4).schedule == "gpipe"
-    # A split backward pass would compute twice under recomputation and does not compile.
+    # What a split backward pass puts off needs memory that recomputation is to save, and it does not compile.
     for compute in ({"recompute_granularity": "full"}, {"recompute_granularity": "selective"}, {"compiled": True}):
         assert not SCHEDULES[plan_of(12, 12, 16, ranks=4, **compute).schedule].splits_backward
     assert SCHEDULES[plan_of(12, 12, 16, ranks=4).schedule].splits_backward
+    assert plan_of(12, 12, 16, ranks=4, pipeline_schedule="zbv", recompute_granularity="full").schedule == "zbv"
     assert plan_of(12, 12, 16, ranks=4, num_virtual_stages_per_pipeline_rank=1).schedule == "1f1b"
     assert plan_of(12, 12, 16, ranks=4, num_virtual_stages_per_pipeline_rank=3).stages_per_rank == 3
 
 
 def test_a_layout_by_hand_is_kept():
     plan = plan_of(6, 6, 8, ranks=2, pipeline_layout="E3|E3|D3|D3", pipeline_schedule="zbv")
-    assert plan.layout == "E3|E3|D3|D3" and plan.stages_of(0) == [0, 3] and plan.stages_of(1) == [1, 2]
+    assert plan.layout == "E3*2|D3*2" and plan.stages_of(0) == [0, 3] and plan.stages_of(1) == [1, 2]
     assert plan_of(6, 6, 8, ranks=2, pipeline_layout="E6|D6").schedule == "1f1b"
 
 
@@ -223,11 +227,7 @@ def test_a_layout_by_hand_is_kept():
             "3 stages, which --pipeline-model-parallel-size 2 does not",
         ),
         ({"ranks": 2, "pipeline_layout": "E1|D1", "num_virtual_stages_per_pipeline_rank": 2}, "remove one of them"),
-        (
-            {"ranks": 2, "pipeline_schedule": "zbv", "recompute_granularity": "full"},
-            "would recompute for each part of it under --recompute-granularity full",
-        ),
-        ({"ranks": 2, "pipeline_schedule": "interleaved-zb", "compiled": True}, "which compiled stages cannot do"),
+        ({"ranks": 2, "pipeline_schedule": "interleaved-zb", "compiled": True}, "which --compile cannot do"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_one_line(flags, message):

@@ -165,21 +165,26 @@ def format_layout(units: Units, stages: tuple[range, ...]) -> str:
             elif neighbours[run[0]] not in stage:
                 words.append(kind)
         texts.append(" ".join(words))
-    return "|".join(texts)
+    repeated = [(text, len(list(group))) for text, group in groupby(texts)]
+    return "|".join(text if count == 1 else f"{text}*{count}" for text, count in repeated)
 
 
 def parse_layout(units: Units, text: str) -> tuple[range, ...]:
     """The stages that a layout text describes.
 
-    Stages are separated by `|`. `E8` is 8 encoder layers, `D4` are 4 decoder layers, in order. The other units may be
-    left out: an embedding is then in the stage of its stack's first layer, a norm in that of its last, the head in that
-    of the decoder norm. To put them elsewhere, name them: `embed`, `norm`, `head`.
+    Stages are separated by `|`. `E8` is 8 encoder layers, `D4` are 4 decoder layers, in order; `E3*8` are 8 stages of
+    `E3`. The other units may be left out: an embedding is then in the stage of its stack's first layer, a norm in that
+    of its last, the head in that of the decoder norm. To put them elsewhere, name them: `embed`, `norm`, `head`.
 
     Raises:
         UserError: The text is malformed or is not about a model of this size.
     """
     flag = f"--pipeline-layout {text!r}"
-    words = [(word, stage) for stage, stage_text in enumerate(text.split("|")) for word in stage_text.split()]
+    stage_texts: list[str] = []
+    for stage_text in text.split("|"):
+        repeated = re.fullmatch(r"\s*([ED]\d+)\*([1-9]\d{0,3})\s*", stage_text)
+        stage_texts += [repeated[1]] * int(repeated[2]) if repeated else [stage_text]
+    words = [(word, stage) for stage, stage_text in enumerate(stage_texts) for word in stage_text.split()]
     for word, _ in words:
         if not re.fullmatch(r"[ED][1-9]\d*|embed|norm|head", word):
             raise UserError(f"{flag}: {word!r} is none of E<layers>, D<layers>, embed, norm, head; correct it")
@@ -190,7 +195,7 @@ def parse_layout(units: Units, text: str) -> tuple[range, ...]:
                 f"{flag} has {count} {stack} layers, the model has {len(layers)}; correct the {letter} counts"
             )
     stages = {stage for _, stage in words}
-    for stage in range(text.count("|") + 1):
+    for stage in range(len(stage_texts)):
         if stage not in stages:
             raise UserError(f"{flag}: stage {stage} is empty; every stage needs a unit")
 
@@ -212,7 +217,7 @@ def parse_layout(units: Units, text: str) -> tuple[range, ...]:
         stage_of |= dict.fromkeys(named, stage)
     for unit, neighbour in _neighbours(units).items():
         stage_of.setdefault(unit, stage_of[neighbour])
-    members = [[unit for unit in units.all if stage_of[unit] == stage] for stage in range(text.count("|") + 1)]
+    members = [[unit for unit in units.all if stage_of[unit] == stage] for stage in range(len(stage_texts))]
     return tuple(range(run[0], run[-1] + 1) for run in members)
 
 
@@ -256,15 +261,22 @@ def choose_plan(
     refusals: list[UserError] = []
     plans: list[tuple[float, StagePlan]] = []
     for name, stages_per_rank in _candidates(parallel.pipeline_schedule, fixed):
+        if (
+            parallel.pipeline_schedule == "auto"
+            and SCHEDULES[name].splits_backward
+            and recompute_granularity is not None
+        ):
+            # What is put off keeps the inputs and gradients of all products, the memory that recomputation is to save.
+            continue
         try:
-            _check_split_backward(name, recompute_granularity, compiled)
+            _check_compiled(name, compiled)
             check_schedule(name, num_ranks, stages_per_rank, num_microbatches)
             _check_enough_units(units, num_ranks, stages_per_rank)
         except UserError as error:
             refusals.append(error)
             continue
-        backward = 3 if recompute_granularity == "full" else 2
-        time, stages = _cut(units, costs, name, num_ranks, stages_per_rank, num_microbatches, backward, layout)
+        backward_input = 2 if recompute_granularity == "full" else 1
+        time, stages = _cut(units, costs, name, num_ranks, stages_per_rank, num_microbatches, backward_input, layout)
         stage_costs = tuple(sum(costs[unit] for unit in stage) for stage in stages)
         plans.append((time, StagePlan(units, name, num_ranks, stages, stage_costs)))
     if not plans:
@@ -306,19 +318,12 @@ def _fixed_stages_per_rank(parallel: ParallelConfig, layout: tuple[range, ...] |
     return len(layout) // num_ranks
 
 
-def _check_split_backward(name: str, recompute_granularity: str | None, compiled: bool) -> None:
-    """Refuse schedules with a split backward pass where it would cost more than it saves, or fail."""
-    if not SCHEDULES[name].splits_backward:
-        return
-    if recompute_granularity is not None:
+def _check_compiled(name: str, compiled: bool) -> None:
+    """Refuse schedules with a split backward pass for compiled layers."""
+    if compiled and SCHEDULES[name].splits_backward:
         raise UserError(
-            f"--pipeline-schedule {name} splits the backward pass and would recompute for each part of it under "
-            f"--recompute-granularity {recompute_granularity}; use interleaved or auto, or do not recompute"
-        )
-    if compiled:
-        raise UserError(
-            f"--pipeline-schedule {name} splits the backward pass, which compiled stages cannot do; "
-            "use interleaved or auto, or do not compile"
+            f"--pipeline-schedule {name} splits the backward pass, which --compile cannot do; "
+            "use interleaved or auto, or remove --compile"
         )
 
 
@@ -340,7 +345,7 @@ def _cut(
     num_ranks: int,
     stages_per_rank: int,
     num_microbatches: int,
-    backward: int,
+    backward_input: int,
     layout: tuple[range, ...] | None,
 ) -> tuple[float, tuple[range, ...]]:
     """Time of a step (comparable between schedules) and stages: those of `layout`, or the best that are found."""
@@ -354,7 +359,7 @@ def _cut(
     search = CutSearch(
         simulator(simulated),
         relative,
-        backward=backward,
+        backward_input=backward_input,
         shorter=step_simulator(name, num_ranks, stages_per_rank, 3 * per_round)
         if simulated < num_microbatches
         else None,
