@@ -1,49 +1,32 @@
-"""Small T5 pipelines for tests: cuts, batches, modules of a rank, gradients by global name."""
+"""Small T5 pipelines for tests: plans, batches, the stages of a rank, and the single process they are compared with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
+from megatron.core.distributed import DataParallel, SharedParameters, sum_replicated_gradients_
 from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.models.T5.t5_sharding import shard_t5
 from megatron.core.models.T5.t5_stage import T5Stage
 from megatron.core.models.T5.t5_units import Units
-from megatron.core.parameters import initialize_parameters, local_tensor
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import initialize_parameters
+from megatron.core.pipeline_parallel.runtime import Pipeline
 from megatron.core.pipeline_parallel.schedules import stage_ranks
+from megatron.core.tensor_parallel import TensorParallel
 
-SEED = 3
 Z_LOSS_WEIGHT = 1e-2
+FACTOR = torch.tensor(0.25)
+STAGES_PER_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "interleaved-zb": 2, "zbv": 2, "dualpipev": 2}
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A plan: the schedule and the first unit of each stage but the first."""
-
-    schedule: str
-    num_ranks: int
-    cuts: tuple[int, ...]
-    units: range
-
-    @property
-    def stages(self):
-        starts = [0, *self.cuts]
-        return [self.units[a:b] for a, b in zip(starts, [*self.cuts, len(self.units)], strict=True)]
-
-    def stages_of(self, rank):
-        ranks = stage_ranks(self.schedule, self.num_ranks, len(self.stages) // self.num_ranks)
-        return [stage for stage, owner in enumerate(ranks) if owner == rank]
-
-
-def equal_cut(schedule, num_ranks, stages_per_rank, config):
-    units = Units.of(config).all
-    num_stages = num_ranks * stages_per_rank
-    cuts = [round(len(units) * s / num_stages) for s in range(1, num_stages)]
-    return Cut(schedule, num_ranks, tuple(cuts), units)
-
-
-def model_config(**options):
+def model_config(**options: Any) -> ModelConfig:
     options = {"encoder_num_layers": 3, "decoder_num_layers": 2} | options
     return ModelConfig(
         hidden_size=16, num_attention_heads=2, kv_channels=6, ffn_hidden_size=24, vocab_size=61,
@@ -51,46 +34,123 @@ def model_config(**options):
     )  # fmt: skip
 
 
-def make_batch(rows, seed=0, encoder_length=9, decoder_length=5):
+@dataclass(frozen=True)
+class Cut:
+    """A plan with stages of about equally many units."""
+
+    schedule: str
+    num_ranks: int
+    stages_per_rank: int
+    units: range
+
+    @property
+    def stages(self) -> list[range]:
+        num_stages = self.num_ranks * self.stages_per_rank
+        cuts = [round(len(self.units) * stage / num_stages) for stage in range(num_stages + 1)]
+        return [self.units[start:end] for start, end in pairwise(cuts)]
+
+    def stages_of(self, rank: int) -> list[int]:
+        ranks = stage_ranks(self.schedule, self.num_ranks, self.stages_per_rank)
+        return [stage for stage, owner in enumerate(ranks) if owner == rank]
+
+
+def equal_cut(schedule: str, config: ModelConfig, context: ParallelContext, stages_per_rank: int | None = None) -> Cut:
+    number = STAGES_PER_RANK[schedule] if stages_per_rank is None else stages_per_rank
+    return Cut(schedule, context.pp_size, number, Units.of(config).all)
+
+
+def make_batch(rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Odd lengths, which sequence parallelism pads, and some padding in every other row."""
     generator = torch.Generator().manual_seed(seed)
 
-    def ids(length):
+    def ids(length: int) -> torch.Tensor:
         return torch.randint(1, 61, (rows, length), generator=generator, dtype=torch.int32)
 
-    labels = ids(decoder_length)
-    labels[0, -2:] = -100
-    return {"encoder_input_ids": ids(encoder_length), "decoder_input_ids": ids(decoder_length), "labels": labels}
+    labels, mask = ids(5), torch.ones(rows, 9, dtype=torch.bool)
+    labels[::2, -2:] = -100
+    mask[::2, -3:] = False
+    return {"encoder_input_ids": ids(9), "decoder_input_ids": ids(5), "labels": labels, "encoder_mask": mask}
 
 
-def build(model_class, config, *units, compute=None):
-    with torch.device("meta"):
-        model = model_class(config, compute or ComputeConfig(), Z_LOSS_WEIGHT, *units)
-    return materialize(model)
+class Reference:
+    """One process: sums of the losses, losses and gradients."""
+
+    def __init__(self, config: ModelConfig, batch: dict[str, torch.Tensor], compute: ComputeConfig | None = None):
+        with torch.device("meta"):
+            model = T5Model(config, compute, Z_LOSS_WEIGHT)
+        losses = _materialize(model)(**batch).loss
+        sums = torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])
+        (sums.sum() * FACTOR).backward()
+        self.sums = sums.detach()
+        self.cross_entropy = losses.cross_entropy.detach()
+        self.gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def materialize(model):
+class Ranks:
+    """The stages of this rank with everything that belongs to a step."""
+
+    def __init__(
+        self,
+        context: ParallelContext,
+        config: ModelConfig,
+        plan: Cut,
+        num_microbatches: int,
+        *,
+        compute: ComputeConfig | None = None,
+        strategy: Any = "no_shard",
+        sequence_parallel: bool = False,
+    ):
+        compute = compute or ComputeConfig()
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=context.tp_size, sequence_parallel=sequence_parallel and context.tp_size > 1
+        )
+        self.context = context
+        self.tensor_parallel = TensorParallel.of(context, parallel)
+        indices = plan.stages_of(context.pp_rank)
+        with torch.device("meta"):
+            self.stages = [
+                T5Stage(config, compute, Z_LOSS_WEIGHT, plan.stages[index], self.tensor_parallel) for index in indices
+            ]
+        for stage in self.stages:
+            shard_t5(stage, context)
+        self.data_parallel = [DataParallel(stage, context, compute, stage.blocks, strategy) for stage in self.stages]
+        for stage in self.stages:
+            _materialize(stage)
+        self.shared = SharedParameters(self.stages, indices, context)
+        self.parameters = self.shared.parameters
+        self.pipeline = Pipeline(self.stages, plan, context, num_microbatches)
+
+    def step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Sums of the losses over all ranks."""
+        for p in self.parameters:
+            p.parameter.grad = None
+        sums = self.pipeline.forward_backward(batch, FACTOR)
+        for data_parallel in self.data_parallel:
+            data_parallel.reduce_gradients()
+        if self.tensor_parallel.sequence_parallel:
+            sum_replicated_gradients_(self.parameters, self.context)
+        self.shared.sum_gradients_()
+        if self.context.tp_rank:
+            sums.zero_()
+        torch.distributed.all_reduce(sums)
+        return sums
+
+    def gradients(self) -> list[tuple[str, torch.Tensor]]:
+        """Whole gradients by name, those of all copies."""
+        return [(p.name, _whole(p.parameter.grad)) for p in self.parameters]
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||; rows that pad the vocabulary for the ranks must be zero."""
+    assert not found[len(expected) :].any()
+    return ((found[: len(expected)] - expected).norm() / expected.norm()).item()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _materialize(model: Any) -> Any:
     model.to_empty(device="cpu")
-    initialize_parameters(model, SEED)
+    initialize_parameters(model, seed=3)
     return model
-
-
-def build_stages(config, plan, rank, compute=None):
-    return [build(T5Stage, config, plan.stages[index], compute=compute) for index in plan.stages_of(rank)]
-
-
-def reference(config, batch, factor, compute=None):
-    """Sums of the losses and all gradients of one process."""
-    model = build(T5Model, config, compute=compute)
-    losses = model(**batch).loss
-    sums = torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])
-    (sums.sum() * factor).backward()
-    return sums.detach(), {name: p.grad for name, p in model.named_parameters()}, losses.cross_entropy.detach()
-
-
-def largest_difference(parameters, expected):
-    """Largest ||difference|| / ||expected|| of the gradients of this rank's whole (not divided) parameters."""
-    differences = {}
-    for p in parameters:
-        found, wanted = local_tensor(p.parameter.grad), expected[p.name]
-        differences[p.name] = ((found - wanted).norm() / wanted.norm()).item()
-    return max(differences.items(), key=lambda item: item[1])
