@@ -1,0 +1,68 @@
+"""A backward pass in two parts computes nothing twice, with and without recomputation."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from megatron.core.config import ComputeConfig, ParallelConfig
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.pipeline_parallel.schedules import SCHEDULES
+from megatron.core.tensor_parallel.weight_gradients import DeferredWeightGradients
+from tests.core.pipeline_parallel.pipelines import Ranks, Reference, equal_cut, make_batch, model_config
+from tests.distributed import run_distributed
+
+RECOMPUTE = (None, "selective", "full")
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products and their floating-point operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.products += 1
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _count(rank):
+    """(products, operations) of this rank by schedule and granularity, after those of one process (also forward only)."""
+    context = ParallelContext.create(ParallelConfig(pipeline_model_parallel_size=2), torch.device("cpu"))
+    config, batch = model_config(share_embeddings_and_output_weights=True), make_batch(8)
+    counts = {}
+    for granularity in RECOMPUTE:
+        compute = ComputeConfig(recompute_granularity=granularity)
+        with CountProducts() as counter:
+            Reference(config, batch, compute)
+        counts["one", granularity] = (counter.products * 4, counter.flops)  # of one pass for all four microbatches
+        for schedule in SCHEDULES:
+            ranks = Ranks(context, config, equal_cut(schedule, config, context), 4, compute=compute)
+            with CountProducts() as counter:
+                ranks.step(batch)
+            counts[schedule, granularity] = (counter.products, counter.flops)
+            with CountProducts() as counter:
+                ranks.pipeline.evaluate(batch)
+            counts[schedule, "forward"] = (counter.products, counter.flops)
+    return counts
+
+
+def test_products_of_a_step():
+    one, other = run_distributed(_count, 2)
+    total = {key: tuple(a + b for a, b in zip(one[key], other[key], strict=True)) for key in one}
+    for schedule, rule in SCHEDULES.items():
+        forward = total[schedule, "forward"]
+        for granularity in RECOMPUTE:
+            found, expected = total[schedule, granularity], one["one", granularity]
+            print(schedule, granularity, found, expected, forward)
+            if rule.splits_backward and granularity is not None:
+                # Recomputation cannot stop before the last product of a layer, so that all of it is computed once more.
+                least = one["one", None]
+                for count, lower, upper in zip(found, expected, map(sum, zip(least, forward, strict=True)), strict=True):
+                    assert lower <= count <= upper
+            else:
+                assert found == expected
