@@ -39,16 +39,22 @@ class ParallelContext:
 
     @classmethod
     def create(cls, config: ParallelConfig, device: torch.device) -> ParallelContext:
-        """Build the mesh over the initialised default process group (a single process needs none)."""
-        if not torch.distributed.is_initialized():
-            return cls(device=device)
-        world_size = torch.distributed.get_world_size()
+        """Build the mesh over the initialised default process group (a single process needs none).
+
+        Raises:
+            UserError: The number of processes does not fit the layout.
+        """
+        initialized = torch.distributed.is_initialized()
+        world_size = torch.distributed.get_world_size() if initialized else 1
         model_parallel = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
         if world_size % model_parallel:
             raise UserError(
-                f"{world_size} processes are not a multiple of --tensor-model-parallel-size x "
-                f"--pipeline-model-parallel-size = {model_parallel}"
+                f"the number of processes is {world_size}, not a multiple of --tensor-model-parallel-size "
+                f"{config.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+                f"{config.pipeline_model_parallel_size}; start that many with torchrun, or lower a size"
             )
+        if not initialized:
+            return cls(device=device)
         shape = (config.pipeline_model_parallel_size, world_size // model_parallel, config.tensor_model_parallel_size)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
         dp_tp_group = mesh["dp", "tp"]._flatten("dp_tp").get_group()

@@ -47,7 +47,7 @@ def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
     if config.distributed_backend == "nccl" and device.type != "cuda":
         raise UserError("--distributed-backend nccl needs GPUs and there is none here; use gloo or leave it out")
     if not launched_by_torchrun():
-        yield ParallelContext(device=device)
+        yield ParallelContext.create(config, device)
         return
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     torch.distributed.init_process_group(
