@@ -28,6 +28,7 @@ from megatron.core.models.T5.t5_units import Units
 from megatron.core.optimizer.memory import optimizer_state_bytes
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import ModelParameter, local_tensor, model_parameters
+from megatron.core.pipeline_parallel.simulator import TimedAction
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.training.config import DryRunConfig, RunConfig
 from megatron.training.console import say
@@ -134,7 +135,7 @@ class DryRun:
             seen |= set(owned)
             units = [size for each in data_parallel for size in each.unit_bytes]
             needs = max(self.memory.workspace_bytes(stage.units) for stage in stages)
-            memory = self._memory(pp_rank, parameters, units, round(activations[pp_rank]), needs)
+            memory = self._memory(pp_rank, parameters, units, activations[pp_rank], needs)
             num_parameters = sum(p.parameter.numel() for p in parameters)
             ranks.append(DryRank(pp_rank, num_parameters, sum(owned.values()), memory, busy[pp_rank]))
         return ranks
@@ -145,14 +146,29 @@ class DryRun:
             tensor_parallel = TensorParallel.of(context, self.config.parallel)
             return build_stages(self.config, context, self.plan, tensor_parallel)
 
-    def _simulate(self) -> tuple[Sequence[float], Sequence[float]]:
+    def _simulate(self) -> tuple[Sequence[int], Sequence[float]]:
         """Bytes of activations at the peak and share of the step at work, of each pipeline rank."""
         if self.plan is None:
             return [self.memory.stage_bytes(Units.of(self.config.model).all)], [1.0]
         recompute = self.config.compute.recompute_granularity == "full"
-        sizes = [float(self.memory.stage_bytes(stage)) for stage in self.plan.stages]
-        timeline = simulate_plan(self.plan, self.num_microbatches, recompute=recompute, activation_sizes=sizes)
-        return timeline.peaks_in_flight, timeline.busy_fractions
+        timeline = simulate_plan(self.plan, self.num_microbatches, recompute=recompute)
+        return [self._peak(actions) for actions in timeline.actions], timeline.busy_fractions
+
+    def _peak(self, actions: Sequence[TimedAction]) -> int:
+        """The most activations that the actions of a rank hold at a time.
+
+        A stage holds those of a microbatch from its forward pass to its backward pass; of a split one, what the second
+        part needs to that.
+        """
+        assert self.plan is not None
+        peak = held = 0
+        for timed in actions:
+            stage = self.plan.stages[timed.action.stage]
+            kept, deferred = self.memory.stage_bytes(stage), self.memory.deferred_bytes(stage)
+            held += {"F": kept, "B": -kept, "I": deferred - kept, "W": -deferred}[timed.action.kind]
+            peak = max(peak, held)
+        assert held == 0
+        return peak
 
     def _memory(
         self, pp_rank: int, parameters: Sequence[ModelParameter], units: Sequence[int], activations: int, workspace: int

@@ -199,6 +199,22 @@ class T5Memory:
         groups = recomputation_groups(self.compute, len(layers))
         return [range(layers[0] + group[0], layers[0] + group[-1] + 1) for group, again in groups if again and group]
 
+    def deferred_bytes(self, stage: range) -> int:
+        """What a split backward pass of the units `stage` holds between its two parts.
+
+        The input of each product and the gradient of its output, from which the gradient of its weight is computed.
+        """
+        hidden, inner = self.config.hidden_size, self._share(self.config.inner_size)
+        width = self._share(self.config.ffn_hidden_size)
+        feed_forward = 2 * hidden + ((3 if self.config.gated else 2) * width)  # numbers a token
+        attention = 2 * hidden + 4 * inner
+        s, t = (self._tokens(length)[0] for length in (self.encoder_length, self.decoder_length))
+        encoder_layers, decoder_layers = (len(layers) for layers in self._layers_of(stage))
+        numbers = encoder_layers * s * (attention + feed_forward)
+        numbers += decoder_layers * (t * (2 * hidden + 2 * inner + attention + feed_forward) + s * 2 * inner)
+        numbers += bool(decoder_layers) * s * hidden  # the encoder output, which all of them read
+        return self.number_bytes * numbers + (self.units.head in stage) * 2 * self._logits()
+
     def workspace_bytes(self, stage: range) -> int:
         """The most that the backward pass of the units `stage` needs beside what is kept.
 
