@@ -79,7 +79,9 @@ def _draw(panel: Any, timeline: Timeline, scale: float) -> None:
         if len(actions) * num_ranks <= 300:  # more would not be legible
             for timed in actions:
                 middle = (timed.start + timed.end) / 2 * scale
-                panel.text(middle, rank, str(timed.action.microbatch), ha="center", va="center", fontsize=7)
+                colour = "white" if _shade(stages.index(timed.action.stage), len(stages)) > 0.6 else "black"
+                number = str(timed.action.microbatch)
+                panel.text(middle, rank, number, ha="center", va="center", fontsize=7, color=colour)
     panel.set_ylim(num_ranks - 0.4, -0.6)
     labels = [f"rank {rank}   {busy:4.0%}" for rank, busy in enumerate(timeline.busy_fractions)]
     panel.set_yticks(range(num_ranks), labels, fontsize=8)
@@ -93,8 +95,12 @@ def _colour(kind: Kind, chunk: int, num_chunks: int) -> Any:
     """Colour of a rank's `chunk`-th stage: 0 is light, the last dark."""
     import matplotlib
 
-    shade = 0.7 if num_chunks == 1 else 0.4 + 0.45 * chunk / (num_chunks - 1)
-    return matplotlib.colormaps[_KINDS[kind][1]](shade)
+    return matplotlib.colormaps[_KINDS[kind][1]](_shade(chunk, num_chunks))
+
+
+def _shade(chunk: int, num_chunks: int) -> float:
+    """0 is light, 1 is dark."""
+    return 0.7 if num_chunks == 1 else 0.4 + 0.45 * chunk / (num_chunks - 1)
 
 
 def _legend(timelines: Sequence[Timeline]) -> list[Any]:

@@ -2,12 +2,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.core.config import ModelConfig, ParallelConfig
+from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_flops import model_flops_per_sequence, unit_flops_per_sequence
+from megatron.core.models.T5.t5_measured_costs import measured_unit_costs
 from megatron.core.models.T5.t5_pipeline import (
     StagePlan,
     choose_plan,
@@ -260,3 +262,19 @@ def test_simulated_time_in_seconds_with_messages():
     recomputed = simulate_plan(plan, 8, seconds_per_flop=1e-12, recompute=True)
     assert recomputed.makespan == pytest.approx(without.makespan * 4 / 3)
     assert sum(plan.costs) > 0 and max(without.peaks_in_flight) <= 2.0
+
+
+def test_measured_costs_of_units():
+    config = ModelConfig(
+        encoder_num_layers=3, decoder_num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=100
+    )
+    costs = measured_unit_costs(config, ComputeConfig(), 256, 16, 4, torch.device("cpu"), repetitions=3)
+    units = Units.of(config)
+    assert len(costs) == len(units.all) and min(costs) > 0
+    assert (
+        len({costs[unit] for unit in units.encoder_layers}) == len({costs[unit] for unit in units.decoder_layers}) == 1
+    )
+    # A long encoder row costs more than a short decoder row, and a layer more than a norm.
+    assert costs[units.encoder_layers[0]] > costs[units.decoder_layers[0]] > costs[units.decoder_norm]
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    assert sum(choose_plan(config, parallel, 256, 16, 4, costs=costs).costs) == sum(costs)

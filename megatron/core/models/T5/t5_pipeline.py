@@ -68,7 +68,7 @@ class StagePlan:
         schedule: A key of `SCHEDULES`.
         num_ranks: Pipeline ranks P.
         stages: Units of each stage, in order; together all units, none empty.
-        costs: Cost of each stage's forward pass, in the unit of `unit_costs`.
+        costs: Cost of each stage's forward pass: FLOPs of one sequence, or what `choose_plan` was given.
     """
 
     units: Units
@@ -234,6 +234,7 @@ def choose_plan(
     *,
     recompute_granularity: str | None = None,
     compiled: bool = False,
+    costs: list[int] | None = None,
 ) -> StagePlan:
     """Schedule, stages on each rank and cuts with the least simulated step time, where flags leave them open.
 
@@ -247,12 +248,13 @@ def choose_plan(
         num_microbatches: Microbatches a step.
         recompute_granularity: What is computed again in the backward pass, as in `ComputeConfig`.
         compiled: Whether stages are compiled.
+        costs: Cost of each unit's forward pass in any unit, in place of `unit_costs`, `[U]`.
 
     Raises:
         UserError: What is asked for cannot be had; one line.
     """
     units = Units.of(config)
-    costs = unit_costs(config, encoder_length, decoder_length)
+    costs = unit_costs(config, encoder_length, decoder_length) if costs is None else costs
     num_ranks = parallel.pipeline_model_parallel_size
     if num_ranks == 1:
         return StagePlan(units, "1f1b", 1, (units.all,), (sum(costs),))
