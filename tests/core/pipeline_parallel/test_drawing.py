@@ -20,7 +20,7 @@ def test_a_picture_is_written(tmp_path):
 
 
 def test_a_picture_that_cannot_be_written(tmp_path):
-    with pytest.raises(UserError, match="give a file such as timeline.png"):
+    with pytest.raises(UserError, match="give a file such as timeline"):
         draw_timelines(timelines(), tmp_path / "picture.nothing")
-    with pytest.raises(UserError, match="give a file such as timeline.png"):
+    with pytest.raises(UserError, match="give a file such as timeline"):
         draw_timelines(timelines(), tmp_path / "missing" / "picture.png")
