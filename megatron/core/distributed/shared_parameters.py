@@ -148,18 +148,21 @@ class SharedParameters:
         Raises:
             RuntimeError: Copies of a parameter differ, which is a bug.
         """
-        for name, (first, *others) in self._copies.items():
-            for other in others:
-                if not torch.equal(_bits(first), _bits(other)):
-                    raise RuntimeError(f"two stages of rank {self.context.rank} hold different copies of {name}")
+        # One rank's copies differ: then it says so to the others first, which would wait for it otherwise.
+        different = {
+            name
+            for name, (first, *others) in self._copies.items()
+            if not all(torch.equal(_bits(first), _bits(other)) for other in others)
+        }
         for ranks, group, names in self._by_group():
-            mine = torch.stack([_checksum(self._copies[name][0]) for name in names])  # [parameters, 2]
+            mine = torch.stack([_fingerprint(self._copies[name][0], name in different) for name in names])  # [names, 3]
             gathered = [torch.empty_like(mine) for _ in ranks]
             dist.all_gather(gathered, mine, group=group)
-            differ = (torch.stack(gathered) != mine).any(dim=-1).any(dim=0)  # [parameters]
-            if differ.any():
-                different = [name for name, differs in zip(names, differ.tolist(), strict=True) if differs]
-                raise RuntimeError(f"pipeline ranks {list(ranks)} hold different copies of {', '.join(different)}")
+            together = torch.stack(gathered)  # [ranks, names, 3]
+            differs = (together != together[0]).any(dim=-1).any(dim=0) | (together[..., 2] > 0).any(dim=0)
+            different.update(name for name, d in zip(names, differs.tolist(), strict=True) if d)
+        if different:
+            raise RuntimeError(f"stages of the pipeline hold different copies of {', '.join(sorted(different))}")
 
 
 def _local_gradient(parameter: nn.Parameter) -> Tensor:
@@ -172,11 +175,13 @@ def _bits(parameter: nn.Parameter) -> Tensor:
     return local_tensor(parameter.detach()).contiguous().flatten().view(torch.int32)
 
 
-def _checksum(parameter: nn.Parameter) -> Tensor:
-    """Sum of the bits of the local part, and the sum weighted by position; int64 `[2]`, wrapping around."""
-    total = torch.zeros(2, dtype=torch.int64, device=parameter.device)
+def _fingerprint(parameter: nn.Parameter, differs: bool) -> Tensor:
+    """Sum of the bits of the local part, that weighted by position (both wrap around), and `differs`: int64 `[3]`."""
+    total = torch.zeros(3, dtype=torch.int64, device=parameter.device)
+    total[2] = differs
     for number, chunk in enumerate(_bits(parameter).split(CHECKSUM_CHUNK)):
         values = chunk.long()
-        weights = torch.arange(1, len(values) + 1, device=values.device)
-        total += (number + 1) * torch.stack([values.sum(), (values * weights).sum()])
+        weights = torch.arange(1, len(values) + 1, device=values.device) + number * CHECKSUM_CHUNK
+        total[0] += values.sum()
+        total[1] += (values * weights).sum()
     return total

@@ -78,7 +78,7 @@ class Reference:
     def __init__(self, config: ModelConfig, batch: dict[str, torch.Tensor], compute: ComputeConfig | None = None):
         with torch.device("meta"):
             model = T5Model(config, compute, Z_LOSS_WEIGHT)
-        losses = _materialize(model)(**batch).loss
+        losses = materialize(model)(**batch).loss
         sums = torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])
         (sums.sum() * FACTOR).backward()
         self.sums = sums.detach()
@@ -115,7 +115,7 @@ class Ranks:
             shard_t5(stage, context)
         self.data_parallel = [DataParallel(stage, context, compute, stage.blocks, strategy) for stage in self.stages]
         for stage in self.stages:
-            _materialize(stage)
+            materialize(stage)
         self.shared = SharedParameters(self.stages, indices, context)
         self.parameters = self.shared.parameters
         self.pipeline = Pipeline(self.stages, plan, context, num_microbatches)
@@ -137,7 +137,7 @@ class Ranks:
 
     def gradients(self) -> list[tuple[str, torch.Tensor]]:
         """Whole gradients by name, those of all copies."""
-        return [(p.name, _whole(p.parameter.grad)) for p in self.parameters]
+        return [(p.name, whole(p.parameter.grad)) for p in self.parameters]
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -146,11 +146,11 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found[: len(expected)] - expected).norm() / expected.norm()).item()
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _materialize(model: Any) -> Any:
+def materialize(model: Any) -> Any:
     model.to_empty(device="cpu")
     initialize_parameters(model, seed=3)
     return model
