@@ -20,6 +20,7 @@ import torch
 from megatron.core.datasets.t5_dataset import span_corruption_lengths
 from megatron.core.distributed import DataParallel
 from megatron.core.errors import UserError
+from megatron.core.models.T5.t5_communication import SentBytes, data_bytes, pipeline_bytes, tensor_bytes
 from megatron.core.models.T5.t5_flops import training_flops_per_sequence
 from megatron.core.models.T5.t5_memory import T5Memory
 from megatron.core.models.T5.t5_model import T5Model
@@ -27,7 +28,7 @@ from megatron.core.models.T5.t5_pipeline import message_elements, simulate_plan
 from megatron.core.models.T5.t5_units import Units
 from megatron.core.optimizer.memory import optimizer_state_bytes
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import ModelParameter, local_tensor, model_parameters
+from megatron.core.parameters import ModelParameter, local_tensor, model_parameters, sharded_axes
 from megatron.core.pipeline_parallel.simulator import TimedAction
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.training.config import DryRunConfig, RunConfig
@@ -79,6 +80,7 @@ class DryRank:
         num_parameters: Parameters of its stages, before any division; copies that other stages hold too are counted.
         owned_parameters: Parameters that are counted here when copies are counted once.
         memory: Of its first rank.
+        sent: What a rank sends to the others in a step.
         busy: Share of the step that it works, simulated.
     """
 
@@ -86,6 +88,7 @@ class DryRank:
     num_parameters: int
     owned_parameters: int
     memory: RankMemory
+    sent: SentBytes
     busy: float
 
 
@@ -137,7 +140,8 @@ class DryRun:
             needs = max(self.memory.workspace_bytes(stage.units) for stage in stages)
             memory = self._memory(pp_rank, parameters, units, activations[pp_rank], needs)
             num_parameters = sum(p.parameter.numel() for p in parameters)
-            ranks.append(DryRank(pp_rank, num_parameters, sum(owned.values()), memory, busy[pp_rank]))
+            sent = self._sent(pp_rank, stages, parameters)
+            ranks.append(DryRank(pp_rank, num_parameters, sum(owned.values()), memory, sent, busy[pp_rank]))
         return ranks
 
     def build(self, rank: int) -> tuple[list[T5Model], list[DataParallel]]:
@@ -192,6 +196,17 @@ class DryRun:
             activations=activations,
             messages=self._message_bytes(pp_rank),
             workspace=max(workspace, reduction - activations),  # most activations are gone when gradients are reduced
+        )
+
+    def _sent(self, pp_rank: int, stages: Sequence[T5Model], parameters: Sequence[ModelParameter]) -> SentBytes:
+        """What a rank sends in a step."""
+        tensor_size = self.config.parallel.tensor_model_parallel_size
+        numbers = [p.parameter.numel() // (tensor_size if "tp" in sharded_axes(p.parameter) else 1) for p in parameters]
+        messages = 0.0 if self.plan is None else pipeline_bytes(self.memory, self.plan, pp_rank)
+        return SentBytes(
+            tensor=self.num_microbatches * sum(tensor_bytes(self.memory, stage.units) for stage in stages),
+            pipeline=self.num_microbatches * messages,
+            data=data_bytes(self.memory, numbers, self.strategy, self.dp_size, self.num_microbatches),
         )
 
     def _message_bytes(self, pp_rank: int) -> int:
@@ -279,6 +294,9 @@ def describe(run: DryRun, ranks: Sequence[DryRank]) -> Iterator[str]:
         sizes = {**asdict(rank.memory), "total": rank.memory.total}
         cells = " ".join(f"{sizes[name] / GIB:{width}.2f}" for name, width in _COLUMNS.items())
         yield f"{rank.pp_rank:>4} {rank.num_parameters / 1e6:>8,.0f} M {cells} {rank.busy:>6.1%}"
+    sent = {field.name: max(getattr(rank.sent, field.name) for rank in ranks) / GIB for field in fields(SentBytes)}
+    parts = ", ".join(f"{sent[name]:.2f} over {name}" for name in sent)
+    yield f"sent by a rank in a step, at most, GiB: {parts} parallel ranks"
     if run.plan is not None:
         busy, fullest = sum(rank.busy for rank in ranks) / len(ranks), max(ranks, key=lambda rank: rank.memory.total)
         yield (

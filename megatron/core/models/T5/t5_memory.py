@@ -88,7 +88,7 @@ class T5Memory:
     def _share(self, size: int) -> int:
         return -(-size // self.parallel.tensor_model_parallel_size)
 
-    def _tokens(self, length: int) -> tuple[int, int]:
+    def tokens(self, length: int) -> tuple[int, int]:
         """Tokens of a microbatch with the padding of sequence parallelism, and a rank's part of them between blocks."""
         if not self.parallel.sequence_parallel:
             return self.micro_batch_size * length, self.micro_batch_size * length
@@ -97,7 +97,7 @@ class T5Memory:
 
     def _norm(self, length: int) -> int:
         """A norm, with what matrix products read of it."""
-        tokens, part = self._tokens(length)
+        tokens, part = self.tokens(length)
         kept = self.number_bytes * tokens * self.config.hidden_size
         return kept + self._normalised(part) + self._dropped(part)
 
@@ -113,12 +113,12 @@ class T5Memory:
 
     def _attention(self, queries: int, keys: int, *, probabilities: bool) -> int:
         """Attention with its output projection, without the norm before it."""
-        q, k, inner = self._tokens(queries)[0], self._tokens(keys)[0], self._share(self.config.inner_size)
+        q, k, inner = self.tokens(queries)[0], self.tokens(keys)[0], self._share(self.config.inner_size)
         kept = self.number_bytes * (2 * q + 2 * k) * inner
         return kept + (self._probabilities(queries, keys) if probabilities else 0)
 
     def _probabilities(self, queries: int, keys: int) -> int:
-        scores = self._tokens(queries)[0] * (self._tokens(keys)[0] // self.micro_batch_size)
+        scores = self.tokens(queries)[0] * (self.tokens(keys)[0] // self.micro_batch_size)
         scores *= self._share(self.config.num_attention_heads)
         if not self.config.attention_dropout:
             return self.number_bytes * scores
@@ -127,7 +127,7 @@ class T5Memory:
         ) * scores  # before and after dropout, and its mask
 
     def _feed_forward(self, length: int) -> int:
-        inner = self._tokens(length)[0] * self._share(self.config.ffn_hidden_size)
+        inner = self.tokens(length)[0] * self._share(self.config.ffn_hidden_size)
         has_dropout = self.config.hidden_dropout > 0
         numbers = 4 if self.config.gated else 2
         if self.config.activation_function == "relu" and not has_dropout:
@@ -160,18 +160,18 @@ class T5Memory:
             return 3 * self._norm(t) + attention + self._feed_forward(t) + self._cast_weights(unit)
         if unit == units.encoder_norm:
             # What comes out is the encoder output, which the stages that read it count.
-            part = self._tokens(s)[1]
+            part = self.tokens(s)[1]
             return self._normalised(part) + self._dropped(part)
         if unit == units.decoder_norm:
             return self._norm(t)
         if unit == units.head:
             return self._logits() + self._cast_weights(unit)
-        return self._dropped(self._tokens(s if unit == units.encoder_embedding else t)[1])
+        return self._dropped(self.tokens(s if unit == units.encoder_embedding else t)[1])
 
     def _logits(self) -> int:
-        return self.number_bytes * self._tokens(self.decoder_length)[0] * self._share(self.config.padded_vocab_size)
+        return self.number_bytes * self.tokens(self.decoder_length)[0] * self._share(self.config.padded_vocab_size)
 
-    def _layers_of(self, stage: range) -> list[range]:
+    def layers_of(self, stage: range) -> list[range]:
         """The encoder layers and the decoder layers of a stage."""
         stacks = (self.units.encoder_layers, self.units.decoder_layers)
         return [range(max(stage.start, stack.start), min(stage.stop, stack.stop)) for stack in stacks]
@@ -179,22 +179,22 @@ class T5Memory:
     def stage_bytes(self, stage: range) -> int:
         """What the units `stage` together keep of a microbatch."""
         kept = sum(self.unit_bytes(unit) for unit in stage)
-        tokens, _ = self._tokens(self.encoder_length)
-        for layers, length in zip(self._layers_of(stage), (self.encoder_length, self.decoder_length), strict=True):
+        tokens, _ = self.tokens(self.encoder_length)
+        for layers, length in zip(self.layers_of(stage), (self.encoder_length, self.decoder_length), strict=True):
             if not layers:
                 continue
             has_bias = self.config.position_embedding_type == "relative"
             if has_bias and (self.fused_attention or self.compute.recompute_granularity is not None):
-                padded = self._tokens(length)[0] // self.micro_batch_size
+                padded = self.tokens(length)[0] // self.micro_batch_size
                 kept += self.number_bytes * self._share(self.config.num_attention_heads) * padded**2
             if layers[0] in self.units.decoder_layers:
                 kept += self.number_bytes * tokens * self.config.hidden_size  # the encoder output
-            for group in self._recomputed(layers):
-                input_bytes = self.residual_bytes * self._tokens(length)[1] * self.config.hidden_size
+            for group in self.recomputed(layers):
+                input_bytes = self.residual_bytes * self.tokens(length)[1] * self.config.hidden_size
                 kept += input_bytes - sum(self.unit_bytes(unit) for unit in group)
         return kept
 
-    def _recomputed(self, layers: range) -> list[range]:
+    def recomputed(self, layers: range) -> list[range]:
         """Groups of a stage's layers of one stack that keep their input alone."""
         groups = recomputation_groups(self.compute, len(layers))
         return [range(layers[0] + group[0], layers[0] + group[-1] + 1) for group, again in groups if again and group]
@@ -208,8 +208,8 @@ class T5Memory:
         width = self._share(self.config.ffn_hidden_size)
         feed_forward = 2 * hidden + ((3 if self.config.gated else 2) * width)  # numbers a token
         attention = 2 * hidden + 4 * inner
-        s, t = (self._tokens(length)[0] for length in (self.encoder_length, self.decoder_length))
-        encoder_layers, decoder_layers = (len(layers) for layers in self._layers_of(stage))
+        s, t = (self.tokens(length)[0] for length in (self.encoder_length, self.decoder_length))
+        encoder_layers, decoder_layers = (len(layers) for layers in self.layers_of(stage))
         numbers = encoder_layers * s * (attention + feed_forward)
         numbers += decoder_layers * (t * (2 * hidden + 2 * inner + attention + feed_forward) + s * 2 * inner)
         numbers += bool(decoder_layers) * s * hidden  # the encoder output, which all of them read
@@ -223,13 +223,13 @@ class T5Memory:
         """
         needs = [0]
         lengths = (self.encoder_length, self.decoder_length)
-        for layers, length in zip(self._layers_of(stage), lengths, strict=True):
+        for layers, length in zip(self.layers_of(stage), lengths, strict=True):
             if not layers:
                 continue
             numbers = 5 if self.config.gated else 2  # of the inner units, their inputs, and those interleaved again
-            inner = numbers * self._tokens(length)[0] * self._share(self.config.ffn_hidden_size) * self.number_bytes
+            inner = numbers * self.tokens(length)[0] * self._share(self.config.ffn_hidden_size) * self.number_bytes
             needs.append(max(inner, 2 * self._probabilities(length, self.encoder_length)))
-            for group in self._recomputed(layers):
+            for group in self.recomputed(layers):
                 needs.append(needs[1] + sum(self.unit_bytes(unit) for unit in group))
         if self.units.head in stage:
             needs.append(self._logits())
