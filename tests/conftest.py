@@ -2,30 +2,24 @@
 
 import json
 from pathlib import Path
-from pydoc_data import topics
 
 import pytest
 
 from megatron.core.config import TokenizerConfig
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
+from tests.corpora import make_byte_dataset, write_prose
 
 
 @pytest.fixture(scope="session")
 def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A jsonl corpus of about 150 KB of prose: the first topics of Python's language reference."""
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    texts = [topics.topics[name] for name in sorted(topics.topics)][:60]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
+    """A jsonl corpus of prose."""
+    return write_prose(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 @pytest.fixture(scope="session")
 def byte_dataset(text_corpus: Path) -> Path:
     """`--data-path` of the corpus in bytes (ByT5's ids)."""
-    prefix = text_corpus.with_name("bytes")
-    tokenizer = TokenizerConfig(tokenizer_type="ByteTokenizer")
-    preprocess(PreprocessConfig(input=[str(text_corpus)], output_prefix=str(prefix), tokenizer=tokenizer))
-    return prefix
+    return make_byte_dataset(text_corpus)
 
 
 @pytest.fixture(scope="session")
