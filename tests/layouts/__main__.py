@@ -28,6 +28,7 @@ from tests.layouts.report import dropout_table, grid_tables
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 RUNS_PER_START = 8
+SECONDS_PER_RUN = 150.0  # before a run counts as hanging; eight processes on two busy cores take a minute
 
 
 def run_grid(data_path: Path, folder: Path, write: Callable[[dict[str, Any]], None], chosen: str = "") -> bool:
@@ -55,7 +56,7 @@ def run_grid(data_path: Path, folder: Path, write: Callable[[dict[str, Any]], No
 def compare_all(layouts: Sequence[Layout], data_path: Path, folder: Path) -> list[Row]:
     """`compare`; when that fails, each layout alone, so that one failure does not hide the others."""
     try:
-        return compare(layouts, data_path, folder)
+        return compare(layouts, data_path, folder, timeout=SECONDS_PER_RUN * len(layouts))
     except AssertionError as failure:
         if len(layouts) == 1:
             print(failure, file=sys.stderr, flush=True)

@@ -52,6 +52,7 @@ def _schedules() -> Iterator[Layout]:
         yield Layout(pp=2, schedule=schedule, dp=2, sharding="optim_grads")
         yield Layout(tp=2, sp=True, pp=2, schedule=schedule, dp=2, sharding="optim_grads", variant="tied")
     yield Layout(pp=2, schedule="interleaved", stages=4)
+    yield Layout(pp=2, schedule="1f1b", cuts="E3|D5", variant="tied")
     yield Layout(pp=4, schedule="interleaved-zb", stages=3, variant="tied")
 
 
