@@ -15,6 +15,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 exec torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" "$ROOT/pretrain_t5.py" \
     --preset t5-v1_1-base --bf16 \
-    --micro-batch-size 32 --global-batch-size 2048 --train-iters 65536 \
+    --micro-batch-size 64 --global-batch-size 2048 --train-iters 65536 \
     --optimizer adamw-scale --lr 2e-2 --lr-warmup-iters 10000 --lr-decay-style cosine \
     --data-path "$DATA_PATH" --save "$SAVE" --save-interval 1000 --log-interval 100 "$@"

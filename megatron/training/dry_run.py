@@ -259,6 +259,7 @@ def dry_run(config: RunConfig, options: DryRunConfig, vocab_size_given: bool = F
             say(line)
     if options.device_memory_gib is not None:
         check_fit(run, ranks, options.device_memory_gib)
+        say(f"all ranks fit into {options.device_memory_gib:g} GiB")
 
 
 def describe(run: DryRun, ranks: Sequence[DryRank]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from megatron.core.config import ParallelConfig
 from megatron.core.errors import UserError
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.consistency import check_equal_on_all_ranks
+from megatron.training.console import warn
 
 
 def launched_by_torchrun() -> bool:
@@ -37,6 +38,17 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
+def layout_warnings(config: ParallelConfig, processes_per_node: int) -> list[str]:
+    """One line for each choice that works but is slow on nodes of so many processes."""
+    size = config.tensor_model_parallel_size
+    if processes_per_node % size == 0:
+        return []
+    return [
+        f"--tensor-model-parallel-size {size} does not divide the {processes_per_node} processes of a node, so that "
+        "tensor-parallel ranks talk between nodes, which is slow"
+    ]
+
+
 @contextmanager
 def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
     """Join the process group that torchrun describes, if any, and leave it at the end.
@@ -58,7 +70,10 @@ def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
     try:
         # Ranks with other layouts would wait for each other while they build the mesh.
         check_equal_on_all_ranks(ParallelContext(device), {"config": asdict(config)})
-        yield ParallelContext.create(config, device)
+        context = ParallelContext.create(config, device)
+        for warning in layout_warnings(config, int(os.environ.get("LOCAL_WORLD_SIZE", context.world_size))):
+            warn(warning, context.is_main)
+        yield context
         # A gloo rank that leaves while a peer still communicates aborts that peer. Only on the way out of a run that
         # succeeded: after an error the others may never come.
         torch.distributed.barrier()

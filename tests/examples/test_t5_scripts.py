@@ -77,7 +77,7 @@ def test_one_node(machine: Machine) -> None:
     assert config.optimizer.lr == 1e-3, "further flags win"
     assert config.data.data_path == ["a b"] and config.checkpoint.save == "runs/base"
     assert config.model.encoder_num_layers == 12 and config.compute.bf16
-    assert config.training.num_microbatches(dp_size=8) == 8
+    assert config.training.num_microbatches(dp_size=8) == 4
 
 
 def test_one_node_names_what_is_missing(machine: Machine) -> None:

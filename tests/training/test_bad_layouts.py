@@ -8,11 +8,13 @@ import shlex
 import pytest
 import torch
 
+from megatron.core.config import ParallelConfig
 from megatron.core.errors import UserError
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.arguments import parse_args
 from megatron.training.consistency import check_equal_on_all_ranks
 from megatron.training.dry_run import dry_run
+from megatron.training.initialize import layout_warnings
 from tests.distributed import run_distributed
 from tests.training.test_pretrain import run_here
 
@@ -117,3 +119,9 @@ def test_ranks_started_with_other_flags_or_data() -> None:
         '--lr is 0.01 on rank 0 and 0.02 on rank 1; dataset fingerprint is "0123" on rank 0 and "4567" on rank 1; '
         "start all ranks with the same flags, data and software"
     }
+
+
+def test_tensor_parallelism_between_nodes_is_pointed_out() -> None:
+    assert layout_warnings(ParallelConfig(tensor_model_parallel_size=2), processes_per_node=8) == []
+    (warning,) = layout_warnings(ParallelConfig(tensor_model_parallel_size=4), processes_per_node=2)
+    assert warning.startswith("--tensor-model-parallel-size 4 does not divide the 2 processes of a node")
