@@ -22,7 +22,7 @@ import torch
 from tests.corpora import make_byte_dataset, write_prose
 from tests.layouts.comparison import Row, compare
 from tests.layouts.dropout import measure_dropout
-from tests.layouts.grid import SECTIONS
+from tests.layouts.grid import SECTIONS, Section
 from tests.layouts.layout import Layout
 from tests.layouts.report import dropout_table, grid_tables
 
@@ -31,13 +31,31 @@ RUNS_PER_START = 8
 SECONDS_PER_RUN = 150.0  # before a run counts as hanging; eight processes on two busy cores take a minute
 
 
-def run_grid(data_path: Path, folder: Path, write: Callable[[dict[str, Any]], None], chosen: str = "") -> bool:
+def run_grid(
+    data_path: Path,
+    folder: Path,
+    write: Callable[[dict[str, Any]], None],
+    section: str = "",
+    processes: int | None = None,
+) -> bool:
     """Every layout, a few in each start of the processes; the result of each to `write`, the tables to stdout.
 
-    Returns whether all that run are within the limits.
+    Args:
+        data_path: `--data-path`.
+        folder: For the runs.
+        write: Takes each result.
+        section: Only sections whose title contains this.
+        processes: Only layouts of so many processes.
+
+    Returns:
+        Whether all that run are within the limits.
     """
-    sections = [section for section in SECTIONS if chosen.lower() in section.title.lower()]
-    layouts = list(dict.fromkeys(layout for section in sections for layout in section.layouts))
+    sections = [
+        Section(s.title, tuple(la for la in s.layouts if processes in (None, la.world_size)))
+        for s in SECTIONS
+        if section.lower() in s.title.lower()
+    ]
+    layouts = list(dict.fromkeys(layout for s in sections for layout in s.layouts))
     rows: dict[Layout, Row] = {}
     for _, same in groupby(sorted(layouts, key=lambda la: la.world_size), key=lambda la: la.world_size):
         group = list(same)
@@ -69,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("grid", "dropout"), default="grid", help="default: grid")
     parser.add_argument("--section", default="", help="of the grid, only the sections whose title contains this")
+    parser.add_argument("--processes", type=int, help="of the grid, only the layouts of so many processes")
     parser.add_argument("--results", type=Path, help="JSON lines; default: in benchmarks/results")
     options = parser.parse_args()
     default = RESULTS / ("layouts.jsonl" if options.what == "grid" else "layouts_dropout.jsonl")
@@ -86,7 +105,7 @@ def main() -> None:
 
         succeeded = True
         if options.what == "grid":
-            succeeded = run_grid(data_path, folder, write, options.section)
+            succeeded = run_grid(data_path, folder, write, options.section, options.processes)
         else:
             print(dropout_table(measure_dropout(data_path, folder, write)))
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)

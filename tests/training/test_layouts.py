@@ -4,8 +4,20 @@ from pathlib import Path
 
 import pytest
 
+from megatron.training import model_setup
+from tests.distributed import run_distributed
 from tests.layouts.__main__ import run_grid
-from tests.layouts.comparison import LIMITS, checkpoint_tensors, compare, metrics, one_thread, train
+from tests.layouts.comparison import (
+    LIMITS,
+    Row,
+    checkpoint_tensors,
+    compare,
+    difference,
+    metrics,
+    one_thread,
+    train,
+    train_here,
+)
 from tests.layouts.layout import Layout
 
 LOSS, PARAMETER = LIMITS["fp32"]
@@ -30,6 +42,25 @@ def test_layouts_train_as_one_process(byte_dataset: Path, references: Path, worl
     layouts = [layout for layout in QUICK if layout.world_size == world_size]
     for row in compare(layouts, byte_dataset, references, STEPS):
         assert row.within_limits, row
+
+
+def _train_without_replicated_sums(rank: int, flags: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_setup, "sum_replicated_gradients_", lambda *_: None)
+        assert train_here(rank, [flags]) == [None]
+
+
+def test_a_missing_sum_is_noticed(byte_dataset: Path, tmp_path: Path) -> None:
+    """Sequence parallelism without the sum of the norm weights' gradients, which are few and small."""
+    layout = Layout(tp=2, sp=True)
+    saves = tmp_path / "one", tmp_path / "two"
+    common = ["--data-path", str(byte_dataset), "--train-iters", str(STEPS), "--save"]
+    with one_thread():
+        assert train(1, [[*layout.reference.flags, *common, str(saves[0])]]) == [None]
+    run_distributed(_train_without_replicated_sums, 2, [*layout.flags, *common, str(saves[1])])
+    row = Row(layout, difference(saves[1], saves[0]))
+    assert not row.within_limits
+    assert row.difference.loss > 10 * LOSS and row.difference.parameter > 100 * PARAMETER, row
 
 
 @pytest.mark.slow
