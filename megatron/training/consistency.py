@@ -17,6 +17,7 @@ import megatron
 from megatron.core.config import flag_name
 from megatron.core.errors import UserError
 from megatron.core.parallel_state import ParallelContext
+from megatron.core.tensor_parallel.mappings import all_gather
 
 # A message is one line: so many differing entries, and so many groups of ranks each, are spelled out.
 MAX_ENTRIES = 4
@@ -37,19 +38,18 @@ def check_equal_on_all_ranks(context: ParallelContext, values: Mapping[str, Any]
     Raises:
         UserError: Something differs; the same line on every rank, with the entries, their values and the ranks.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    world = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+    if world is None or world.size() == 1:
         return
     versions = {"version": {"megatron-t5": megatron.__version__, "torch": str(torch.__version__)}}
     mine = dict(_flatten({**versions, **values}))
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()
     sent = torch.tensor(list(digest), dtype=torch.uint8, device=context.device)
-    world_size = torch.distributed.get_world_size()
-    digests = torch.empty(world_size * sent.numel(), dtype=torch.uint8, device=context.device)
-    torch.distributed.all_gather_into_tensor(digests, sent)
-    if bool((digests.view(world_size, -1) == sent).all()):
+    digests = all_gather(sent[None], 0, world)  # [ranks, 32]
+    if bool((digests == sent).all()):
         # Equality is transitive: when one rank sees all digests equal to its own, every rank does.
         return
-    of_ranks: list[Any] = [None] * world_size
+    of_ranks: list[Any] = [None] * world.size()
     torch.distributed.all_gather_object(of_ranks, mine)
     raise UserError(describe_differences(of_ranks))
 
