@@ -46,7 +46,8 @@ class DataParallel:
     * `optim_grads` (ZeRO-2): gradients are reduced layer by layer within the last backward. Parameters are gathered
       layer by layer, and once a step too.
     * `optim_grads_params` (ZeRO-3): parameters are released after each use and gathered again for the backward pass.
-      Not for torch's zero-bubble schedules, whose backward pass in two parts then loses gradients.
+      Not for the split backward pass of torch's zero-bubble schedules, which then loses gradients; ours
+      (`core.pipeline_parallel.runtime`) does not.
 
     Args:
         model: The model or stage; sharded in place.

@@ -120,20 +120,8 @@ class Pipeline:
         microbatch = {name: tensor[: len(tensor) // self.num_microbatches] for name, tensor in inputs.items()}
         stages = []
         for module, index in zip(self.modules, self.indices, strict=True):
-            received, returned = cast(StageModule, module).messages(**microbatch)
-            # With the shapes given, torch need not find them out by a pass over the pipeline.
-            stages.append(
-                _Stage(
-                    module,
-                    index,
-                    len(self.plan.stages),
-                    self.context.device,
-                    input_args=received,
-                    output_args=returned,
-                    group=self.context.pp_group,
-                    deferred=self._deferred,
-                )
-            )
+            messages = cast(StageModule, module).messages(**microbatch)
+            stages.append(_Stage(module, index, len(self.plan.stages), self.context, messages, self._deferred))
         return build_schedule(self.plan.schedule, stages, self.num_microbatches, loss_fn)
 
     def _loss(self, losses: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
@@ -144,12 +132,73 @@ class Pipeline:
 
 
 class _Stage(PipelineStage):
-    """torch's stage, with a split backward pass of our own and able to run forward passes only under every schedule."""
+    """torch's stage with a split backward pass of our own, less memory, and forward-only steps under every schedule.
 
-    def __init__(self, *args: Any, deferred: DeferredWeightGradients | None, **options: Any) -> None:
-        if deferred is not None:
-            options["dw_builder"] = lambda: self._weight_gradients(deferred.take())
-        super().__init__(*args, **options)
+    torch allocates what a stage receives for all microbatches of a step; here that lives from when it is asked for to
+    the end of the backward pass that uses it.
+
+    Args:
+        module: The stage.
+        index: Its place in the pipeline.
+        num_stages: Stages of the pipeline.
+        context: The layout.
+        messages: What it takes and what it returns, on the meta device; then torch need not find out by a pass over the
+            whole pipeline.
+        deferred: What the stage's linear layers put off; None when backward passes are not split.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        index: int,
+        num_stages: int,
+        context: ParallelContext,
+        messages: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+        deferred: DeferredWeightGradients | None,
+    ) -> None:
+        self._received, self._returned = messages
+        super().__init__(
+            module,
+            index,
+            num_stages,
+            context.device,
+            input_args=self._received,
+            output_args=self._returned,
+            group=context.pp_group,
+            dw_builder=None if deferred is None else lambda: self._weight_gradients(deferred.take()),
+        )
+
+    def _prepare_forward_infra(self, *args: Any, **options: Any) -> Any:
+        result = super()._prepare_forward_infra(*args, **options)
+        for received in self.args_recv_info.values():
+            _release(received)
+        return result
+
+    def _prepare_backward_infra(self, *args: Any, **options: Any) -> Any:
+        result = super()._prepare_backward_infra(*args, **options)
+        for received in self.grad_recv_info.values():
+            _release(received)
+        return result
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
+        """How to receive a microbatch's input."""
+        for info, meta in zip(self.args_recv_info[fwd_chunk_id], self._received, strict=True):
+            info.buffer = torch.empty_like(meta, device=self.device, requires_grad=self.has_backward)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
+        """How to receive the gradients of a microbatch's output."""
+        if self.has_backward and not self.is_last:
+            for info, meta in zip(self.grad_recv_info[bwd_chunk_id], self._returned, strict=True):
+                info.buffer = torch.empty_like(meta, device=self.device, requires_grad=False)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **options: Any) -> None:
+        """The backward pass of a microbatch, or its first part; nothing in a forward-only step."""
+        super().backward_one_chunk(bwd_chunk_id, *args, **options)
+        if self.has_backward:
+            _release(self.args_recv_info[bwd_chunk_id])
+            _release(self.grad_recv_info[bwd_chunk_id])
 
     def _weight_gradients(self, compute: Callable[[], None]) -> Callable[[], None]:
         """The second part of a backward pass."""
@@ -174,6 +223,12 @@ class _Stage(PipelineStage):
         """Let FSDP2 reduce the gradients of the step, if there are any."""
         if self.has_backward:
             super().perform_reduce_grad(grad_scale_factor)
+
+
+def _release(received: Sequence[Any]) -> None:
+    """Let go of received tensors."""
+    for info in received:
+        info.buffer = torch.empty(0, device="meta")
 
 
 def _fsdp_groups(module: nn.Module) -> list[Any]:
