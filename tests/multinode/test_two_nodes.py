@@ -5,6 +5,7 @@ Needs root and `ip` (iproute2); where namespaces cannot be made, the test says s
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.training.test_pretrain import ROOT, train
+
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 PORT = 29400
+PREFIX = "t5-test-"
 FLAGS = shlex.split(
     "--encoder-num-layers 2 --decoder-num-layers 2 --hidden-size 32 --num-attention-heads 4 --kv-channels 8 "
     "--encoder-seq-length 64 --lr 1e-2 --log-interval 1 --eval-iters 0 --train-iters 5 --global-batch-size 8"
@@ -27,12 +30,22 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
 
 
+def remove_leftovers() -> None:
+    """Delete the namespaces of tests that were killed, which the kernel keeps."""
+    listed = subprocess.run(["ip", "netns", "list"], check=False, capture_output=True, text=True).stdout
+    for pid in set(re.findall(rf"^{PREFIX}(\d+)-0", listed, re.MULTILINE)):
+        if not Path("/proc", pid).exists():
+            for number in range(2):
+                subprocess.run(["ip", "netns", "delete", f"{PREFIX}{pid}-{number}"], check=False, capture_output=True)
+
+
 @pytest.fixture
 def nodes() -> Iterator[tuple[str, str]]:
     """Names of two namespaces with an address each on a network of their own."""
     if shutil.which("ip") is None:
         pytest.skip("needs the program ip (iproute2)")
-    names = (f"t5-test-{os.getpid()}-0", f"t5-test-{os.getpid()}-1")
+    remove_leftovers()
+    names = (f"{PREFIX}{os.getpid()}-0", f"{PREFIX}{os.getpid()}-1")
     try:
         try:
             for name in names:
@@ -80,13 +93,12 @@ def test_tensor_parallel_inside_nodes_and_pipeline_between_them(
     """TP2 x PP2 on 2 + 2 processes has the losses of one process."""
     data = ["--data-path", str(byte_dataset)]
     one, four = tmp_path / "one.jsonl", tmp_path / "four.jsonl"
-    single = [sys.executable, str(ROOT / "pretrain_t5.py"), *FLAGS, *data, "--metrics-file", str(one)]
-    subprocess.run(single, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=120)
+    train([*FLAGS, *data, "--metrics-file", str(one)])
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--micro-batch-size", "2"]
     flags = [*FLAGS, *data, *layout, "--metrics-file", str(four)]
     processes = [start_node(number, name, flags) for number, name in enumerate(nodes)]
     try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
