@@ -58,8 +58,8 @@ class ParamSpec:
         matrices: Names of the logical matrices stored in this parameter.
         block: Consecutive rows (dimension 0) that belong to one logical matrix.
         weight_decay: Whether decoupled weight decay applies.
-        valid_rows: Rows that mean something; those from there on are zero, get no gradient and count nowhere (padding
-            that lets the vocabulary divide among ranks). None: all.
+        valid_shape: Global shape without the padding that lets a dimension divide among ranks: what lies beyond is
+            zero, gets no gradient, counts nowhere and is not in checkpoints. None: the parameter's.
     """
 
     axes: tuple[str, ...]
@@ -67,7 +67,7 @@ class ParamSpec:
     matrices: tuple[str, ...] = ("weight",)
     block: int = 1
     weight_decay: bool = True
-    valid_rows: int | None = None
+    valid_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.init.scales) == len(self.matrices), (self.init, self.matrices)
@@ -76,6 +76,10 @@ class ParamSpec:
         """Index of the logical matrix of rows `start .. start + count`: int64 `[count]`."""
         rows = torch.arange(start, start + count, device=device)
         return (rows // self.block) % len(self.matrices)
+
+    def shape_of(self, parameter: torch.Tensor) -> torch.Size:
+        """Global shape of the parameter without padding."""
+        return parameter.shape if self.valid_shape is None else torch.Size(self.valid_shape)
 
 
 def named_parameter_specs(model: nn.Module) -> dict[str, ParamSpec]:
@@ -110,6 +114,11 @@ class ModelParameter:
     spec: ParamSpec
     shared: bool = False
     is_copy: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """Global shape without padding."""
+        return self.spec.shape_of(self.parameter)
 
 
 def model_parameters(stages: Sequence[nn.Module]) -> list[ModelParameter]:
@@ -193,6 +202,20 @@ def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def without_padding(tensor: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """What this rank holds of the leading `shape` of `tensor`, the rest being padding.
+
+    Returns:
+        A view of the local part, maybe empty, and the global indices of its first element.
+    """
+    part, offsets = local_tensor(tensor), []
+    for dim, size in enumerate(shape):
+        start, count = local_slice(tensor, dim)
+        offsets.append(min(start, size))
+        part = part.narrow(dim, 0, min(count, size - offsets[-1]))
+    return part, tuple(offsets)
+
+
 def _seed(*parts: object) -> int:
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -222,25 +245,25 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
     """Fill every parameter of `model` in place, deterministically from (seed, name, row), for any sharding."""
     specs = named_parameter_specs(model)
     for name, parameter in model.named_parameters():
-        _initialize(local_tensor(parameter), parameter, specs[name], name, seed)
+        _initialize(parameter, specs[name], name, seed)
 
 
-def _initialize(local: torch.Tensor, parameter: torch.Tensor, spec: ParamSpec, name: str, seed: int) -> None:
-    start, count = local_rows(parameter)
+def _initialize(parameter: torch.Tensor, spec: ParamSpec, name: str, seed: int) -> None:
+    shape = spec.shape_of(parameter)
+    if shape != parameter.shape:
+        local_tensor(parameter).zero_()
+    local, offsets = without_padding(parameter, shape)
     if local.numel() == 0:
         return
+    start, count = offsets[0], local.shape[0]
     scales = torch.tensor(spec.init.scales)[spec.matrix_of_rows(start, count)]
-    if spec.valid_rows is not None:
-        scales.masked_fill_(torch.arange(start, start + count) >= spec.valid_rows, 0.0)
     scales = scales.view(-1, *[1] * (local.ndim - 1))  # [rows, 1, ...]
     if spec.init.distribution == "constant":
         local.copy_(scales.expand(local.shape))
         return
-    total = parameter.shape[0] if spec.valid_rows is None else spec.valid_rows
-    for number, first, end in _row_blocks(start, min(count, total - start), total):
-        block = _draw_block(spec, (end - first, *parameter.shape[1:]), _seed(seed, name, number))
+    for number, first, end in _row_blocks(start, count, shape[0]):
+        block = _draw_block(spec, (end - first, *shape[1:]), _seed(seed, name, number))
         if local.ndim > 1:
-            block = block.narrow(1, *local_slice(parameter, 1))
+            block = block.narrow(1, offsets[1], local.shape[1])
         low, high = max(first, start), min(end, start + count)
         local[low - start : high - start].copy_(block[low - first : high - first] * scales[low - start : high - start])
-    local[max(0, total - start) :].zero_()

@@ -11,6 +11,8 @@ import torch
 
 import megatron
 from megatron.core.dist_checkpointing import (
+    CheckpointTensors,
+    Unpadded,
     latest_checkpoint,
     load_checkpoint,
     published_checkpoints,
@@ -46,24 +48,28 @@ class Progress:
     loss_scaler: dict[str, float] = field(default_factory=dict)
 
 
-def training_tensors(optimizer: Optimizer, owned_only: bool = False) -> dict[str, torch.Tensor]:
+def training_tensors(optimizer: Optimizer, owned_only: bool = False) -> CheckpointTensors:
     """Every tensor of a checkpoint that this rank holds (a part of), under its global name.
 
     The parameters are the optimizer's: between a forward and a backward pass the model shows gathered copies. With
     `owned_only`, without what a lower pipeline stage holds as well, as a checkpoint is to be written. Of two copies on
-    this rank only the first is there: call `optimizer.refresh_copies` after loading.
+    this rank only the first is there: call `optimizer.refresh_copies` after loading. Padding is left out.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter, is_copy in zip(optimizer.names, optimizer.parameters, optimizer.is_copy, strict=True):
-        if not (owned_only and is_copy):
-            tensors.setdefault(f"model/{name}", parameter)
-    return tensors | optimizer.named_state(owned_only)
+    shapes: dict[str, torch.Size] = {}
+    for index, name in enumerate(optimizer.names):
+        if not (owned_only and optimizer.is_copy[index]):
+            tensors.setdefault(f"model/{name}", optimizer.parameters[index])
+            shapes[f"model/{name}"] = optimizer.shapes[index]
+    tensors |= optimizer.named_state(owned_only)
+    shapes |= optimizer.named_shapes()
+    return {name: t if t.shape == shapes[name] else Unpadded(t, shapes[name]) for name, t in tensors.items()}
 
 
 def save_training_checkpoint(
     config: RunConfig,
     progress: Progress,
-    tensors: dict[str, torch.Tensor],
+    tensors: CheckpointTensors,
     description: dict[str, Any],
     context: ParallelContext,
 ) -> Path:
@@ -103,7 +109,7 @@ def checkpoint_to_resume(config: CheckpointConfig) -> Path | None:
 
 
 def resume(
-    path: Path, tensors: dict[str, torch.Tensor], config: RunConfig, description: dict[str, Any]
+    path: Path, tensors: CheckpointTensors, config: RunConfig, description: dict[str, Any]
 ) -> tuple[Progress, list[str]]:
     """Load `path` into `tensors` in place.
 

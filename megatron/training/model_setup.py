@@ -130,7 +130,7 @@ class DistributedModel:
 
     def num_parameters(self) -> int:
         """Parameters of the whole model, copies counted once; all ranks call it together."""
-        count = torch.tensor(sum(p.parameter.numel() for p in self.parameters if not p.is_copy))
+        count = torch.tensor(sum(p.shape.numel() for p in self.parameters if not p.is_copy))
         if self.pipeline is not None:
             count = count.to(self.context.device)
             torch.distributed.all_reduce(count, group=self.context.pp_group)

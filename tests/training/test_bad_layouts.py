@@ -31,9 +31,10 @@ BAD_LAYOUTS = {
         "--tensor-model-parallel-size 4",
         "--num-attention-heads 6 is not a multiple of --tensor-model-parallel-size 4; choose a size that divides it",
     ),
-    "feed-forward width not divisible": (
-        "--tensor-model-parallel-size 3",
-        "--ffn-hidden-size 1024 is not a multiple of --tensor-model-parallel-size 3; choose a size that divides it",
+    "fewer ids than tensor-parallel ranks": (
+        "--tensor-model-parallel-size 6 --vocab-size 7 --make-vocab-size-divisible-by 1",
+        "--tensor-model-parallel-size 6 divides the vocabulary of 7 ids into parts of 2, which leaves none for the "
+        "last rank; lower it, or raise --make-vocab-size-divisible-by",
     ),
     "sequence parallel without tensor parallel": (
         "--sequence-parallel",

@@ -8,10 +8,13 @@ from megatron.core.dist_checkpointing.format import (
     read_manifest,
     verify_checkpoint,
 )
-from megatron.core.dist_checkpointing.serialization import load_checkpoint, save_checkpoint
+from megatron.core.dist_checkpointing.padding import Unpadded
+from megatron.core.dist_checkpointing.serialization import CheckpointTensors, load_checkpoint, save_checkpoint
 
 __all__ = [
     "CheckpointError",
+    "CheckpointTensors",
+    "Unpadded",
     "checkpoint_path",
     "latest_checkpoint",
     "load_checkpoint",

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from megatron.core.dist_checkpointing.format import DTYPE_NAMES, CheckpointError, checkpoint_path
+from megatron.core.dist_checkpointing.padding import LoadPlanner, SavePlanner, Unpadded
 from megatron.core.dist_checkpointing.storage import SafetensorsReader, SafetensorsWriter
 from megatron.core.parallel_state import ParallelContext
 
 NAMES_IN_MESSAGE = 5
 
+CheckpointTensors: TypeAlias = Mapping[str, torch.Tensor | Unpadded]
+"""Tensors by global name."""
+
 
 def save_checkpoint(
-    root: Path, iteration: int, tensors: dict[str, torch.Tensor], manifest: dict[str, Any], context: ParallelContext
+    root: Path, iteration: int, tensors: CheckpointTensors, manifest: dict[str, Any], context: ParallelContext
 ) -> Path:
     """Write `tensors` and `manifest` as the checkpoint of `iteration` under `root`; all ranks call it together.
 
@@ -31,7 +35,7 @@ def save_checkpoint(
     Args:
         root: Directory of all checkpoints; made if it is not there. All ranks must see the same one.
         iteration: Number of the iteration.
-        tensors: Tensors by global name.
+        tensors: Tensors by global name; of padded ones, the part that is to be kept.
         manifest: What else to keep; JSON-able.
         context: The layout.
 
@@ -42,10 +46,9 @@ def save_checkpoint(
         CheckpointError: A file could not be written, on whichever rank: raised on all, and nothing is published.
     """
     writer = SafetensorsWriter(root, iteration, manifest, context.rank, context.world_size)
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _no_warning_of_single_process():
-            dcp.save(_detached(tensors), storage_writer=writer, planner=planner, no_dist=context.world_size == 1)
+            dcp.save(_detached(tensors), storage_writer=writer, planner=SavePlanner(), no_dist=context.world_size == 1)
     except dcp.CheckpointException as failure:
         if writer.temporary is not None:
             shutil.rmtree(writer.temporary, ignore_errors=True)
@@ -53,14 +56,14 @@ def save_checkpoint(
     return writer.final
 
 
-def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], strict: bool = True) -> None:
+def load_checkpoint(path: Path, tensors: CheckpointTensors, strict: bool = True) -> None:
     """Fill `tensors` in place from the checkpoint directory `path`, whatever layout it was saved on.
 
     All ranks call it together. Sizes of files are checked first, checksums are not (see `verify_checkpoint`).
 
     Args:
         path: Directory of one checkpoint.
-        tensors: Tensors by global name; DTensors get the rows they hold.
+        tensors: Tensors by global name; DTensors get the rows they hold, padding stays as it is.
         strict: Require the same names on both sides (all ranks together: a pipeline rank has only its stages); else
             names that only one side has are left alone.
 
@@ -78,10 +81,9 @@ def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], strict: bool =
     except CheckpointError as raised:
         error = raised
     _raise_on_all(error, single)
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _no_warning_of_single_process():
-            dcp.load(_detached(tensors), storage_reader=reader, planner=planner, no_dist=single)
+            dcp.load(_detached(tensors), storage_reader=reader, planner=LoadPlanner(), no_dist=single)
     except dcp.CheckpointException as failure:
         _raise(failure, f"cannot load {path}")
 
@@ -94,8 +96,8 @@ def _no_warning_of_single_process() -> Iterator[None]:
         yield
 
 
-def _detached(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+def _detached(tensors: CheckpointTensors) -> dict[str, Any]:
+    return {name: t if isinstance(t, Unpadded) else t.detach() for name, t in tensors.items()}
 
 
 def _raise_on_all(error: CheckpointError | None, single: bool) -> None:
@@ -117,8 +119,8 @@ def _names_on_all(names: Iterable[str]) -> set[str]:
 
 
 def _matching(
-    path: Path, tensors: dict[str, torch.Tensor], everywhere: set[str], stored: dict[str, Any], strict: bool
-) -> dict[str, torch.Tensor]:
+    path: Path, tensors: CheckpointTensors, everywhere: set[str], stored: dict[str, Any], strict: bool
+) -> CheckpointTensors:
     """The tensors that the checkpoint holds, after comparing names, shapes and dtypes."""
     if strict:
         _refuse(path, "lacks", [name for name in tensors if name not in stored])

@@ -49,7 +49,7 @@ class Adafactor(Optimizer):
         self.full: list[int] = []
         self.factored: list[int] = []
         for index, parameter in enumerate(self.parameters):
-            if parameter.ndim == 2 and min(self.matrices.rows[index], parameter.shape[1]) >= MIN_FACTORED_SIZE:
+            if parameter.ndim == 2 and min(self.matrices.rows[index], self.shapes[index][1]) >= MIN_FACTORED_SIZE:
                 self.factored.append(index)
                 matrices = self.matrices.counts[index]
                 self.row_moment[index] = _zero_row_moment(parameter)
@@ -87,7 +87,7 @@ class Adafactor(Optimizer):
         for index in self.factored:
             squares = gradients[index].square().add_(EPS_GRADIENT)  # [rows', c']
             columns[index] = self._column_sums(index, squares)
-            if squares.shape[1] == self.parameters[index].shape[1]:
+            if squares.shape[1] == self.shapes[index][1]:
                 local_tensor(self.row_moment[index]).lerp_(squares.mean(1), 1.0 - beta2)
             else:
                 rows[index] = self._row_sums(index, squares)
@@ -102,7 +102,7 @@ class Adafactor(Optimizer):
             moment.lerp_(total.view_as(moment).div(self.matrices.rows[index]).to(moment.dtype), 1.0 - beta2)
         for index, total in zip(rows, totals[len(columns) :], strict=True):
             moment = local_tensor(self.row_moment[index])
-            mean = total.narrow(0, *self.matrices.slices[index][0]) / self.parameters[index].shape[1]
+            mean = total.narrow(0, *self.matrices.slices[index][0]) / self.shapes[index][1]
             moment.lerp_(mean.to(moment.dtype), 1.0 - beta2)
         return self.matrices.rms(sums[: own.numel()])
 
@@ -110,7 +110,7 @@ class Adafactor(Optimizer):
         """This rank's share of the sums over the rows of each logical matrix: `[rows', c']` to float64 `[m, c]`."""
         of_matrix = self.granules[index]
         if len(of_matrix) == 1:
-            sums = squares.sum(0, keepdim=True)  # rows of padding add EPS_GRADIENT
+            sums = squares.sum(0, keepdim=True)  # rows of padding add EPS_GRADIENT, as columns do to sums of rows
         else:
             granules = squares.view(self.matrices.shapes[index]).sum(1)  # [r_i, c']
             sums = torch.stack([granules[chosen].sum(0) for chosen in of_matrix])
@@ -135,7 +135,7 @@ class Adafactor(Optimizer):
         """Divide `gradient` in place by the root of the factored second moment, `row x column / mean`."""
         columns = self.column_moment[index]
         # Both moments average the same squares, so the mean of the columns is that of the rows, which can be divided.
-        mean = columns.mean(1)  # [m]
+        mean = columns[:, : self.shapes[index][1]].mean(1)  # [m]
         matrix = self.matrices.granule_matrix[index]  # [r_i]
         granules, rows, _ = self.matrices.shapes[index]
         row_moment = local_tensor(self.row_moment[index]).view(granules, rows, 1)
@@ -149,6 +149,15 @@ class Adafactor(Optimizer):
         if index in self.full_moment:
             return {"full_moment": self.full_moment[index]}
         return {"row_moment": self.row_moment[index], "column_moment": self.column_moment[index]}
+
+    def state_shape(self, index: int, kind: str) -> torch.Size:
+        """That of the parameter; of the rows; or of the logical matrices and the columns."""
+        rows, *columns = self.shapes[index]
+        if kind == "row_moment":
+            return torch.Size((rows,))
+        if kind == "column_moment":
+            return torch.Size((self.matrices.counts[index], *columns))
+        return super().state_shape(index, kind)
 
 
 def _zero_row_moment(parameter: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ class Optimizer(ABC):
         names: Global name of each parameter.
         parameters: The parameters: plain, or DTensors divided over dp (dimension 0) and tp (dimension 0 or 1).
         specs: What each parameter is.
+        shapes: Global shape of each parameter without padding.
         shared: Whether each parameter has copies, here or on other pipeline ranks.
         is_copy: Whether a lower stage holds each parameter too.
         sharding_group: Ranks over which any parameter is divided, or None.
@@ -50,6 +51,7 @@ class Optimizer(ABC):
         self.names = [p.name for p in parameters]
         self.parameters = [p.parameter for p in parameters]
         self.specs: list[ParamSpec] = [p.spec for p in parameters]
+        self.shapes = [p.shape for p in parameters]
         self.shared = [p.shared for p in parameters]
         self.is_copy = [p.is_copy for p in parameters]
         first = {name: index for index, name in reversed(list(enumerate(self.names)))}
@@ -70,6 +72,10 @@ class Optimizer(ABC):
     @abstractmethod
     def parameter_state(self, index: int) -> dict[str, torch.Tensor]:
         """State tensors of one parameter by kind (`exp_avg`), placed like the parameter."""
+
+    def state_shape(self, index: int, kind: str) -> torch.Size:
+        """Global shape of a state tensor of one parameter without padding."""
+        return self.shapes[index]
 
     def sum_over_ranks(self, sums: torch.Tensor, indices: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """Add shares of sums over whole parameters, in place and in one all-reduce; the same bits wherever they end.
@@ -110,6 +116,14 @@ class Optimizer(ABC):
                 named = self.parameter_state(index).items()
                 state.update({f"optimizer/{kind}/{name}": tensor for kind, tensor in named})
         return state
+
+    def named_shapes(self) -> dict[str, torch.Size]:
+        """Global shape without padding of each tensor that `named_state` may have."""
+        shapes = {"optimizer/step": self.step_count.shape}
+        for index, name in enumerate(self.names):
+            for kind in self.parameter_state(index):
+                shapes[f"optimizer/{kind}/{name}"] = self.state_shape(index, kind)
+        return shapes
 
     @torch.no_grad()
     def refresh_copies(self) -> None:

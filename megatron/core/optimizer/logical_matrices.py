@@ -41,9 +41,8 @@ class LogicalMatrices:
         numel: list[float] = []
         matrix_of_all, contributes = [], []
         for index, (parameter, spec) in enumerate(zip(optimizer.parameters, optimizer.specs, strict=True)):
-            rows, matrices = parameter.shape[0], len(spec.matrices)
-            assert rows % (spec.block * matrices) == 0 or matrices == 1, (parameter.shape, spec)
-            assert spec.valid_rows is None or matrices == 1, spec
+            shape, matrices = spec.shape_of(parameter), len(spec.matrices)
+            assert shape[0] % (spec.block * matrices) == 0 or matrices == 1, (shape, spec)
             start, count = self.slices[index][0]
             granule = max(1, count if matrices == 1 else math.gcd(spec.block, start, count))
             self.shapes.append((count // granule, granule, local_tensor(parameter).shape[1:].numel()))
@@ -51,8 +50,8 @@ class LogicalMatrices:
             self.granule_matrix.append(first_rows)
             matrix_of_all.append(first_rows + len(numel))
             contributes.append(torch.full_like(first_rows, optimizer.contributes[index], dtype=torch.bool))
-            self.rows.append((rows if spec.valid_rows is None else spec.valid_rows) // matrices)
-            numel += [self.rows[-1] * parameter.shape[1:].numel()] * matrices
+            self.rows.append(shape[0] // matrices)
+            numel += [self.rows[-1] * shape[1:].numel()] * matrices
         self.numel = torch.tensor(numel, dtype=torch.float64, device=device)
         self.matrix_of_granule = torch.cat(matrix_of_all)  # [r]
         # Granules that contribute, sorted by matrix: a segmented sum is deterministic, adding into an index on a GPU is

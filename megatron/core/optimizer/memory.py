@@ -41,8 +41,7 @@ def _largest_bucket(sizes: Sequence[int], limit: int) -> int:
 def _adafactor_numbers(p: ModelParameter, local_size: int) -> int:
     if p.parameter.ndim != 2:
         return local_size
-    rows = p.parameter.shape[0] if p.spec.valid_rows is None else p.spec.valid_rows
-    matrices, columns = len(p.spec.matrices), p.parameter.shape[1]
-    if min(rows // matrices, columns) < MIN_FACTORED_SIZE:
+    matrices = len(p.spec.matrices)
+    if min(p.shape[0] // matrices, p.shape[1]) < MIN_FACTORED_SIZE:
         return local_size
-    return local_tensor(p.parameter.detach()).shape[0] + matrices * columns
+    return local_tensor(p.parameter.detach()).shape[0] + matrices * p.parameter.shape[1]

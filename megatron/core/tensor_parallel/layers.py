@@ -37,6 +37,7 @@ class Linear(nn.Module):
         block: Consecutive rows that belong to one logical matrix.
         bias: Add a bias, initially zero.
         tensor_parallel: The ranks.
+        valid_shape: Outputs and inputs that are no padding.
     """
 
     def __init__(
@@ -50,16 +51,19 @@ class Linear(nn.Module):
         block: int = 1,
         bias: bool = False,
         tensor_parallel: TensorParallel,
+        valid_shape: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.tensor_parallel = tensor_parallel
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.parameter_specs = {"weight": ParamSpec(axes, init, matrices, block)}
+        self.parameter_specs = {"weight": ParamSpec(axes, init, matrices, block, valid_shape=valid_shape)}
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features))
             zeros = Init("constant", (0.0,) * len(matrices))
-            self.parameter_specs["bias"] = ParamSpec(axes[:1], zeros, matrices, block, weight_decay=False)
+            self.parameter_specs["bias"] = ParamSpec(
+                axes[:1], zeros, matrices, block, weight_decay=False, valid_shape=valid_shape and valid_shape[:1]
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]` (this rank's share of them), in the dtype of `x`."""
@@ -90,6 +94,7 @@ class RowParallelLinear(Linear):
         init: Initial distribution of the weight.
         bias: Add a bias, initially zero.
         tensor_parallel: The ranks.
+        valid_shape: Outputs and inputs that are no padding.
         output_dtype: Dtype of the result and of the sum over the ranks; that of the input if not given.
     """
 
@@ -102,9 +107,13 @@ class RowParallelLinear(Linear):
         init: Init,
         bias: bool = False,
         tensor_parallel: TensorParallel,
+        valid_shape: tuple[int, int] | None = None,
         output_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, axes=axes, init=init, bias=bias, tensor_parallel=tensor_parallel)
+        super().__init__(
+            in_features, out_features,
+            axes=axes, init=init, bias=bias, tensor_parallel=tensor_parallel, valid_shape=valid_shape,
+        )  # fmt: skip
         self.output_dtype = output_dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,9 +171,9 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, num_embeddings: int, embedding_dim: int, *, init: Init, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.tensor_parallel = tensor_parallel
-        rows = tensor_parallel.round_up(num_embeddings)
-        self.weight = nn.Parameter(torch.empty(rows, embedding_dim))
-        self.parameter_specs = {"weight": vocabulary_spec(num_embeddings, rows, init)}
+        self.weight = nn.Parameter(torch.empty(tensor_parallel.round_up(num_embeddings), embedding_dim))
+        valid_shape = (num_embeddings, embedding_dim)
+        self.parameter_specs = {"weight": ParamSpec(("vocab", "embed"), init, valid_shape=valid_shape)}
 
     def forward(self, *ids: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Each of the integer ids `[b, s]` to vectors `[b, s', embedding_dim]`, padded with the vector of id 0.
@@ -201,11 +210,6 @@ class VocabParallelEmbedding(nn.Module):
         return F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[:, None], 0.0)
 
 
-def vocabulary_spec(num_valid: int, num_rows: int, init: Init) -> ParamSpec:
-    """Spec of a table of the vocabulary, of whose `num_rows` rows the first `num_valid` mean something."""
-    return ParamSpec(("vocab", "embed"), init, valid_rows=None if num_rows == num_valid else num_valid)
-
-
 class VocabParallelHead(nn.Module):
     """Weight of the projection to the vocabulary, its rows divided among the ranks (see `vocab_parallel_logits`).
 
@@ -218,9 +222,9 @@ class VocabParallelHead(nn.Module):
 
     def __init__(self, hidden_size: int, num_embeddings: int, *, init: Init, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        rows = tensor_parallel.round_up(num_embeddings)
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size))
-        self.parameter_specs = {"weight": vocabulary_spec(num_embeddings, rows, init)}
+        self.weight = nn.Parameter(torch.empty(tensor_parallel.round_up(num_embeddings), hidden_size))
+        valid_shape = (num_embeddings, hidden_size)
+        self.parameter_specs = {"weight": ParamSpec(("vocab", "embed"), init, valid_shape=valid_shape)}
 
 
 def vocab_parallel_logits(hidden: Tensor, weight: Tensor, num_embeddings: int, parallel: TensorParallel) -> Tensor:

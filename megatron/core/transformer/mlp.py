@@ -21,6 +21,9 @@ def activate(x: Tensor, name: str) -> Tensor:
 class MLP(nn.Module):
     """`wo(act(wi x))`, or `wo(act(gate x) * up x)` with the rows of gate and up interleaved, `(unit, gate|up)`.
 
+    Units that only make their number divide among the ranks have zero weights on both sides. Since every activation
+    maps zero to zero, neither they nor their gradients are ever anything else.
+
     Args:
         config: Sizes and options.
         compute: Precision.
@@ -32,7 +35,8 @@ class MLP(nn.Module):
         self, config: ModelConfig, compute: ComputeConfig, num_layers: int, tensor_parallel: TensorParallel
     ) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.ffn_hidden_size
+        hidden, units = config.hidden_size, config.ffn_hidden_size
+        padded = tensor_parallel.round_up(units)
         self.activation = config.activation_function
         self.gated = config.gated
         self.dropout = config.hidden_dropout
@@ -40,20 +44,22 @@ class MLP(nn.Module):
         self.tensor_parallel = tensor_parallel
         self.wi = ColumnParallelLinear(
             hidden,
-            len(matrices) * inner,
+            len(matrices) * padded,
             axes=("mlp", "embed"),
             init=matrix_init(config, *(hidden**-0.5 for _ in matrices), truncated=True),
             matrices=matrices,
             bias=config.add_bias_linear,
             tensor_parallel=tensor_parallel,
+            valid_shape=(len(matrices) * units, hidden),
         )
         self.wo = RowParallelLinear(
-            inner,
+            padded,
             hidden,
             axes=("embed", "mlp"),
-            init=residual_output_init(config, inner**-0.5, num_layers, truncated=True),
+            init=residual_output_init(config, units**-0.5, num_layers, truncated=True),
             bias=config.add_bias_linear,
             tensor_parallel=tensor_parallel,
+            valid_shape=(hidden, units),
             output_dtype=residual_dtype(compute),
         )
 
