@@ -86,6 +86,9 @@ def _variants() -> Iterator[Layout]:
         yield Layout(tp=2, sp=True, variant=variant)
         yield Layout(pp=2, schedule="zbv", variant=variant)
         yield Layout(tp=2, sp=True, pp=2, dp=2, sharding="optim_grads_params", variant=variant)
+    yield Layout(tp=2, variant="odd widths")
+    yield Layout(tp=4, sp=True, variant="odd widths")
+    yield Layout(tp=2, sp=True, pp=2, dp=2, sharding="optim_grads", variant="odd widths")
 
 
 def _optimizers() -> Iterator[Layout]:

@@ -22,6 +22,7 @@ VARIANTS = {
         "--activation-function gelu --scale-attention-scores"
     ),
     "rotary": ["--position-embedding-type", "rope"],
+    "odd widths": ["--ffn-hidden-size", "65", "--make-vocab-size-divisible-by", "5"],  # 385 rows of the vocabulary
 }
 PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16", "--initial-loss-scale", "1024"]}
 RECOMPUTE = {
