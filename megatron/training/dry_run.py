@@ -49,7 +49,7 @@ class RankMemory:
         gradients: fp32 sums over the microbatches, and the part that this rank keeps of their sum over the ranks.
         optimizer: State of the optimizer.
         activations: What forward passes keep for backward passes.
-        messages: Buffers for hidden states and gradients from neighbouring stages.
+        messages: Hidden states and gradients that stages pass on.
         workspace: Gradients of activations, recomputed activations, or buffers of the gradients' reduction.
     """
 
@@ -129,17 +129,17 @@ class DryRun:
 
     def ranks(self) -> list[DryRank]:
         """Every pipeline rank."""
-        activations, busy = self._simulate()
+        peaks, busy = self._simulate()
         ranks, seen = [], set()
         for pp_rank in range(self.config.parallel.pipeline_model_parallel_size):
             stages, data_parallel = self.build(pp_rank * self.ranks_per_stage)
             parameters = model_parameters(stages)
-            owned = {p.name: p.parameter.numel() for p in parameters if p.name not in seen}
+            owned = {p.name: p.shape.numel() for p in parameters if p.name not in seen}
             seen |= set(owned)
             units = [size for each in data_parallel for size in each.unit_bytes]
             needs = max(self.memory.workspace_bytes(stage.units) for stage in stages)
-            memory = self._memory(pp_rank, parameters, units, activations[pp_rank], needs)
-            num_parameters = sum(p.parameter.numel() for p in parameters)
+            memory = self._memory(parameters, units, *peaks[pp_rank], needs)
+            num_parameters = sum(p.shape.numel() for p in parameters)
             sent = self._sent(pp_rank, stages, parameters)
             ranks.append(DryRank(pp_rank, num_parameters, sum(owned.values()), memory, sent, busy[pp_rank]))
         return ranks
@@ -150,34 +150,55 @@ class DryRun:
             tensor_parallel = TensorParallel.of(context, self.config.parallel)
             return build_stages(self.config, context, self.plan, tensor_parallel)
 
-    def _simulate(self) -> tuple[Sequence[int], Sequence[float]]:
-        """Bytes of activations at the peak and share of the step at work, of each pipeline rank."""
+    def _simulate(self) -> tuple[list[tuple[int, int]], Sequence[float]]:
+        """Of each pipeline rank, bytes of activations and messages at the peak, and share of the step at work."""
         if self.plan is None:
-            return [self.memory.stage_bytes(Units.of(self.config.model).all)], [1.0]
+            return [(self.memory.stage_bytes(Units.of(self.config.model).all), 0)], [1.0]
         recompute = self.config.compute.recompute_granularity == "full"
         timeline = simulate_plan(self.plan, self.num_microbatches, recompute=recompute)
         return [self._peak(actions) for actions in timeline.actions], timeline.busy_fractions
 
-    def _peak(self, actions: Sequence[TimedAction]) -> int:
-        """The most activations that the actions of a rank hold at a time.
+    def _peak(self, actions: Sequence[TimedAction]) -> tuple[int, int]:
+        """The most activations and messages that the actions of a rank hold at a time.
 
         A stage holds those of a microbatch from its forward pass to its backward pass; of a split one, what the second
         part needs to that.
         """
         assert self.plan is not None
-        peak = held = 0
+        messages = self._message_bytes()
+        peak, kept, passed = (0, 0), 0, 0
         for timed in actions:
-            stage = self.plan.stages[timed.action.stage]
-            kept, deferred = self.memory.stage_bytes(stage), self.memory.deferred_bytes(stage)
-            held += {"F": kept, "B": -kept, "I": deferred - kept, "W": -deferred}[timed.action.kind]
-            peak = max(peak, held)
-        assert held == 0
-        return peak
+            number, kind = timed.action.stage, timed.action.kind
+            stage = self.plan.stages[number]
+            in_full, deferred = self.memory.stage_bytes(stage), self.memory.deferred_bytes(stage)
+            kept += {"F": in_full, "B": -in_full, "I": deferred - in_full, "W": -deferred}[kind]
+            passed += {"F": messages[number], "W": 0}.get(kind, -messages[number])
+            peak = max(peak, (kept, passed), key=sum)
+        assert kept == passed == 0
+        return peak[0], peak[1] + 2 * max(messages)  # gradients that come: one in use and one on its way
+
+    def _message_bytes(self) -> list[int]:
+        """What each stage holds of a microbatch's messages until its backward pass, beside what autograd keeps.
+
+        That is what it has sent, and under sequence parallelism its part of what it has received and gathered.
+        """
+        assert self.plan is not None
+        sent = message_elements(self.config.model, self.plan.stages, *self.lengths)
+        parallel = self.config.parallel
+        parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        received = [0, *sent[:-1]] if parts > 1 else [0] * len(sent)
+        number_bytes = self.config.training.micro_batch_size * self.memory.residual_bytes
+        return [(out + into) * number_bytes // parts for out, into in zip(sent, received, strict=True)]
 
     def _memory(
-        self, pp_rank: int, parameters: Sequence[ModelParameter], units: Sequence[int], activations: int, workspace: int
+        self,
+        parameters: Sequence[ModelParameter],
+        units: Sequence[int],
+        activations: int,
+        messages: int,
+        workspace: int,
     ) -> RankMemory:
-        """Memory of a rank from its parameters, the fp32 bytes of its FSDP2 units, and its activations."""
+        """Memory of a rank from its parameters, the fp32 bytes of its FSDP2 units, and what passes need."""
         kept = 4 * sum(local_tensor(p.parameter.detach()).numel() for p in parameters)
         gathered = gradients = reduction = 0
         if units:
@@ -194,7 +215,7 @@ class DryRun:
             gradients=kept + gradients,
             optimizer=optimizer_state_bytes(self.config.optimizer, parameters),
             activations=activations,
-            messages=self._message_bytes(pp_rank),
+            messages=messages,
             workspace=max(workspace, reduction - activations),  # most activations are gone when gradients are reduced
         )
 
@@ -208,25 +229,6 @@ class DryRun:
             pipeline=self.num_microbatches * messages,
             data=data_bytes(self.memory, numbers, self.strategy, self.dp_size, self.num_microbatches),
         )
-
-    def _message_bytes(self, pp_rank: int) -> int:
-        """Buffers of torch's pipeline stages: one for each microbatch and each message that a stage receives.
-
-        Evaluation has stages of its own, which receive hidden states and no gradients.
-        """
-        if self.plan is None:
-            return 0
-        elements = message_elements(self.config.model, self.plan.stages, *self.lengths)
-        parallel, ranks = self.config.parallel, self.plan.ranks
-        parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        received = 0
-        for stage in self.plan.stages_of(pp_rank):
-            if stage > 0 and ranks[stage - 1] != pp_rank:
-                received += elements[stage - 1] * (2 if self.config.training.eval_iters else 1)
-            if stage + 1 < len(ranks) and ranks[stage + 1] != pp_rank:
-                received += elements[stage]
-        rows = self.config.training.micro_batch_size * self.num_microbatches
-        return received * rows * self.memory.residual_bytes // parts
 
 
 def dry_run(config: RunConfig, options: DryRunConfig, vocab_size_given: bool = False) -> None:
