@@ -23,7 +23,9 @@ fail() {
 
 # whole_number NAME MINIMUM: the variable of that name is a number from MINIMUM on
 whole_number() {
-    [[ ${!1:-} =~ ^[0-9]+$ ]] && ((10#${!1} >= $2)) || fail "$1 is '${!1:-}'; set it to a whole number from $2 on"
+    if ! [[ ${!1:-} =~ ^[0-9]+$ ]] || ((10#${!1} < $2)); then
+        fail "$1 is '${!1:-}'; set it to a whole number from $2 on"
+    fi
 }
 
 MASTER_PORT=${MASTER_PORT:-29500}
