@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from tests.corpora import make_byte_dataset, write_prose
-from tests.layouts.comparison import Row, compare
-from tests.layouts.dropout import measure_dropout
+from tests.layouts.comparison import Difference, Row, compare
+from tests.layouts.dropout import Sample, measure_dropout
 from tests.layouts.grid import SECTIONS, Section
 from tests.layouts.layout import Layout
 from tests.layouts.report import dropout_table, grid_tables
@@ -38,7 +38,7 @@ def run_grid(
     section: str = "",
     processes: int | None = None,
 ) -> bool:
-    """Every layout, a few in each start of the processes; the result of each to `write`, the tables to stdout.
+    """Every layout, a few in each start of the processes; the result of each to `write`.
 
     Args:
         data_path: `--data-path`.
@@ -63,12 +63,35 @@ def run_grid(
             for row in compare_all(group[start : start + RUNS_PER_START], data_path, folder):
                 rows[row.layout] = row
                 measured = asdict(row.difference) if row.difference else {}
-                write({"name": row.layout.name, **asdict(row.layout), **measured, "refusal": row.refusal})
+                write(
+                    {
+                        "name": row.layout.name,
+                        **asdict(row.layout),
+                        **measured,
+                        "refusal": row.refusal,
+                        "failure": row.failure,
+                    }
+                )
                 print(f"{len(rows)}/{len(layouts)} {row}", file=sys.stderr, flush=True)
-    print(grid_tables(sections, rows))
     failed = [row for row in rows.values() if not row.refusal and not row.within_limits]
     print(f"{len(rows) - len(failed)} of {len(rows)} as they should be", *failed, sep="\n", file=sys.stderr)
     return not failed
+
+
+def tables(what: str, path: Path) -> str:
+    """The tables of the results in a file, in Markdown."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if what == "dropout":
+        return dropout_table([Sample(line["name"], tuple(line["losses"])) for line in lines])
+    rows = {}
+    for line in lines:
+        layout = Layout(**{field.name: line[field.name] for field in fields(Layout)})
+        compared = None
+        if not line["refusal"] and not line["failure"]:
+            compared = Difference(**{field.name: line[field.name] for field in fields(Difference)})
+        rows[layout] = Row(layout, compared, line["refusal"], line["failure"])
+    sections = [Section(s.title, tuple(la for la in s.layouts if la in rows)) for s in SECTIONS]
+    return grid_tables([section for section in sections if section.layouts], rows)
 
 
 def compare_all(layouts: Sequence[Layout], data_path: Path, folder: Path) -> list[Row]:
@@ -89,13 +112,15 @@ def main() -> None:
     parser.add_argument("--section", default="", help="of the grid, only the sections whose title contains this")
     parser.add_argument("--processes", type=int, help="of the grid, only the layouts of so many processes")
     parser.add_argument("--results", type=Path, help="JSON lines; default: in benchmarks/results")
+    parser.add_argument("--tables", action="store_true", help="print the tables of the results that are there")
     options = parser.parse_args()
     default = RESULTS / ("layouts.jsonl" if options.what == "grid" else "layouts_dropout.jsonl")
+    path = options.results or default
+    if options.tables:
+        print(tables(options.what, path))
+        return
     start = time.perf_counter()
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        (options.results or default).open("w", encoding="utf-8") as results,
-    ):
+    with tempfile.TemporaryDirectory() as temporary, path.open("w", encoding="utf-8") as results:
         folder = Path(temporary)
         data_path = make_byte_dataset(write_prose(folder / "corpus.jsonl"))
 
@@ -107,7 +132,8 @@ def main() -> None:
         if options.what == "grid":
             succeeded = run_grid(data_path, folder, write, options.section, options.processes)
         else:
-            print(dropout_table(measure_dropout(data_path, folder, write)))
+            measure_dropout(data_path, folder, write)
+    print(tables(options.what, path))
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
     sys.exit(0 if succeeded else 1)
 

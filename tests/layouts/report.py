@@ -9,16 +9,29 @@ from tests.layouts.dropout import Sample
 from tests.layouts.grid import Section
 from tests.layouts.layout import Layout
 
+COLUMNS = "loss | gradient norm | validation loss | parameters | optimizer state |"
+
 
 def grid_tables(sections: Sequence[Section], rows: Mapping[Layout, Row]) -> str:
-    """One table a section, one row a layout."""
-    return "\n\n".join(_section(section, rows) for section in sections)
+    """The worst of each section and precision, then one table a section with one row a layout."""
+    return "\n\n".join([_summary(sections, rows), *(_section(section, rows) for section in sections)])
+
+
+def _summary(sections: Sequence[Section], rows: Mapping[Layout, Row]) -> str:
+    lines = [f"| largest of | layouts | {COLUMNS}", "|---|---|---|---|---|---|---|"]
+    for section in sections:
+        compared = [row.difference for layout in section.layouts if (row := rows[layout]).difference is not None]
+        if compared:
+            worst = [max(values) for values in zip(*map(_values, compared), strict=True)]
+            cells = [section.title, str(len(compared)), *(f"{value:.1e}" for value in worst)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _section(section: Section, rows: Mapping[Layout, Row]) -> str:
     lines = [
         f"### {section.title}",
-        "| processes | layout | model | loss | gradient norm | validation loss | parameters | optimizer state |",
+        f"| processes | layout | model | {COLUMNS}",
         "|---|---|---|---|---|---|---|---|",
     ]
     for layout in section.layouts:
