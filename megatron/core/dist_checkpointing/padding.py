@@ -24,6 +24,7 @@ class Unpadded:
 
     Attributes:
         part: View of what this rank holds of it.
+        offsets: Global indices of its first element.
         shape: As given.
         dtype: Of the tensor.
     """
