@@ -7,7 +7,7 @@ from megatron.training.arguments import parse_args
 from megatron.training.dry_run import DryRun
 from tests.layouts.comparison import LIMITS, checkpoint_tensors, metrics, one_thread, train
 
-# The byte vocabulary of 384 ids gets 385 rows. It and the feed-forward matrices are large enough for Adafactor to factor.
+# The byte vocabulary of 384 ids gets 385 rows. It and the feed-forward matrices are large enough to be factored.
 MODEL = shlex.split(
     "--encoder-num-layers 1 --decoder-num-layers 1 --hidden-size 128 --num-attention-heads 6 --kv-channels 4 "
     "--ffn-hidden-size 130 --make-vocab-size-divisible-by 5 --encoder-seq-length 37 --split 90,10,0 "
