@@ -38,7 +38,7 @@ class Progress:
         consumed_samples: Samples trained on.
         consumed_tokens: Encoder and decoder tokens trained on, without padding.
         skipped_iterations: Steps left out because their gradient was not finite.
-        loss_scaler: State of the dynamic loss scale (fp16).
+        loss_scaler: State of the dynamic loss scale (fp16); empty without one.
     """
 
     iteration: int = 0

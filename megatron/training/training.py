@@ -233,8 +233,7 @@ class Trainer:
         say(f"continuing from {path}{beside}", self.context.is_main)
         self.progress, changed = resume(path, training_tensors(self.optimizer), self.config, self.description)
         self.optimizer.refresh_copies()
-        if self.progress.loss_scaler:
-            self.loss_scaler.load_state(self.progress.loss_scaler)
+        self.loss_scaler.load_state(self.progress.loss_scaler)
         if changed:
             warn(f"not as in the run that saved it: {', '.join(changed)}", self.context.is_main)
         if self.progress.consumed_samples != self.progress.iteration * self.global_batch_size:

@@ -51,12 +51,14 @@ class LossScaler:
 
     @property
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps, JSON-able."""
+        """What a checkpoint keeps, JSON-able; nothing when the scale is constant, which says nothing of a good one."""
+        if not self.dynamic:
+            return {}
         return {"scale": self.scale, "good_steps": self._good_steps, "overflows_left": self._overflows_left}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Continue from `state`; a scale that is not dynamic stays as configured."""
-        if self.dynamic:
+        """Continue from `state`; without one, or with a scale that is not dynamic, the scale stays as configured."""
+        if self.dynamic and state:
             self.scale = float(state["scale"])
             self._good_steps = int(state["good_steps"])
             self._overflows_left = int(state["overflows_left"])

@@ -65,6 +65,9 @@ def test_a_constant_scale_stays(found):
         found.update(True)
     found.load_state(scaler().state)
     assert found.scale == scale
+    dynamic = scaler()  # a run that goes on in float16 begins with a large scale, not with the constant one
+    dynamic.load_state(found.state)
+    assert dynamic.state == scaler().state
 
 
 def test_continues_from_its_state():
