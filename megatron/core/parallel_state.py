@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ class ParallelContext:
         mesh: Device mesh with the axes of `MESH_AXES`, or None when there is a single process, which then needs no
             process group at all.
         dp_tp_group: Process group of the ranks of this pipeline rank (dp x tp together), or None without a mesh.
+        timeout: Time after which a collective ends the job, for groups that are created later; None: torch's.
     """
 
     device: torch.device
@@ -36,6 +38,7 @@ class ParallelContext:
     rank: int = 0
     mesh: DeviceMesh | None = None
     dp_tp_group: ProcessGroup | None = None
+    timeout: timedelta | None = None
 
     @classmethod
     def create(cls, config: ParallelConfig, device: torch.device) -> ParallelContext:
@@ -58,7 +61,11 @@ class ParallelContext:
         shape = (config.pipeline_model_parallel_size, world_size // model_parallel, config.tensor_model_parallel_size)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
         dp_tp_group = mesh["dp", "tp"]._flatten("dp_tp").get_group()
-        return cls(device, world_size, torch.distributed.get_rank(), mesh, dp_tp_group)
+        timeout = timedelta(minutes=config.distributed_timeout_minutes)
+        if torch.distributed.get_backend() != "fake":  # which has none
+            for group in (*mesh.get_all_groups(), dp_tp_group):  # torch gives new groups its own default
+                group.set_timeout(timeout)
+        return cls(device, world_size, torch.distributed.get_rank(), mesh, dp_tp_group, timeout)
 
     def _size(self, axis: str) -> int:
         return 1 if self.mesh is None else self.mesh[axis].size()

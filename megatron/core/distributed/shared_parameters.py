@@ -94,7 +94,8 @@ class SharedParameters:
             elif len(ranks) > 1:
                 for dp_rank in range(context.dp_size):
                     for tp_rank in range(context.tp_size):
-                        group = dist.new_group(context.mesh.mesh[list(ranks), dp_rank, tp_rank].tolist())
+                        members = context.mesh.mesh[list(ranks), dp_rank, tp_rank].tolist()
+                        group = dist.new_group(members, timeout=context.timeout)
                         if (dp_rank, tp_rank) == (context.dp_rank, context.tp_rank) and context.pp_rank in ranks:
                             groups[ranks] = group
         return groups
