@@ -12,19 +12,23 @@ from typing import get_args, get_type_hints
 
 import torch
 
-from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
+from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig, flag_name
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_measured_costs import measured_unit_costs
 from megatron.core.models.T5.t5_pipeline import StagePlan, choose_plan, message_elements, simulate_plan
 from megatron.core.models.T5.t5_presets import PRESETS
 from megatron.core.pipeline_parallel.drawing import draw_timelines
 from megatron.core.pipeline_parallel.simulator import Link, Timeline
-from megatron.training.arguments import run_command_line
+from megatron.training.arguments import Parser, run_command_line
+
+POSITIVE = (
+    "num_microbatches", "micro_batch_size", "encoder_seq_length", "decoder_seq_length", "tflops", "link_gbytes_per_s",
+)  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags; those of `pretrain_t5.py` have its names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [flags]")
     add = parser.add_argument
     add("--preset", required=True, choices=PRESETS, metavar="NAME", help="published size, e.g. t5-v1_1-xxl")
     add("--encoder-num-layers", type=int, help="in place of the preset's")
@@ -34,10 +38,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--pipeline-model-parallel-size", type=int, required=True, metavar="P", help="pipeline ranks")
     add("--num-microbatches", type=int, required=True, metavar="M", help="microbatches a step on a rank")
     schedules = get_args(get_type_hints(ParallelConfig)["pipeline_schedule"])
-    add("--pipeline-schedule", default="auto", choices=schedules)
+    add("--pipeline-schedule", default="auto", choices=schedules, help="auto (the default): the best of all")
     add("--num-virtual-stages-per-pipeline-rank", type=int, metavar="V", help="stages on each rank")
     add("--pipeline-layout", metavar="TEXT", help="stages by hand, see docs/pipeline.md")
-    add("--recompute-granularity", choices=["full", "selective"])
+    add("--recompute-granularity", choices=["full", "selective"], help="full: a backward pass repeats the forward one")
     add("--measure", action="store_true", help="measure the cost of layers on this machine (GPU if there is one)")
     add("--micro-batch-size", type=int, default=1, help="sequences of a microbatch (1)")
     add("--bf16", action="store_true", help="measure in bf16; messages of 2 bytes a number instead of 4")
@@ -45,9 +49,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--link-gbytes-per-s", type=float, default=float("inf"), help="speed of messages between ranks (infinite)")
     add("--link-latency-us", type=float, default=0.0, help="time of an empty message (0)")
     add("--png", type=Path, metavar="FILE", help="draw the step")
-    arguments = parser.parse_args()
-    if arguments.num_microbatches < 1 or arguments.micro_batch_size < 1:
-        raise UserError("--num-microbatches and --micro-batch-size must be greater than 0")
+    arguments: argparse.Namespace = parser.parse_args()
+    for name in POSITIVE:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{flag_name(name)} is {value:g}; it must be greater than 0")
+    if not arguments.link_latency_us >= 0:
+        raise UserError(f"--link-latency-us is {arguments.link_latency_us:g}; it must not be less than 0")
     in_seconds = arguments.measure or arguments.tflops is not None
     if arguments.measure and arguments.tflops is not None:
         raise UserError("--measure and --tflops both give the time of a layer; remove one")

@@ -49,6 +49,10 @@ def test_measured_costs(simulate):
     ("flags", "message"),
     [
         ("--num-microbatches 0", "greater than 0"),
+        ("--tflops 0", "--tflops is 0; it must be greater than 0"),
+        ("--tflops 1 --link-gbytes-per-s 0", "--link-gbytes-per-s is 0; it must be greater than 0"),
+        ("--tflops 1 --link-latency-us -1", "must not be less than 0"),
+        ("--encoder-seq-length 0", "--encoder-seq-length is 0"),
         ("--pipeline-model-parallel-size 1", "needs at least 2"),
         ("--link-latency-us 3", "add --tflops or --measure"),
         ("--tflops 1 --measure", "remove one"),
@@ -59,3 +63,8 @@ def test_measured_costs(simulate):
 def test_mistakes(simulate, flags, message):
     status, _, error = simulate(f"{SMALL} {flags}")
     assert status == 1 and error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_missing_flag_is_one_line(simulate):
+    status, _, error = simulate("--preset t5-v1_1-small --pipeline-model-parallel-size 2")
+    assert status == 2 and "--num-microbatches" in error and error.count("\n") == 1
