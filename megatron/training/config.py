@@ -55,7 +55,8 @@ class TrainingConfig:
         if self.global_batch_size % per_pass:
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
-                f"{self.micro_batch_size} x {dp_size} data-parallel processes = {per_pass}"
+                f"{self.micro_batch_size} x {dp_size} data-parallel processes = {per_pass}; "
+                "choose a multiple"
             )
         return self.global_batch_size // per_pass
 

@@ -282,10 +282,10 @@ def describe(run: DryRun, ranks: Sequence[DryRank]) -> Iterator[str]:
         f"choices: {precision}, sharding {run.strategy}, optimizer {run.config.optimizer.optimizer}, "
         f"recomputation {compute.recompute_granularity or 'none'}"
     )
+    microbatches = "1 microbatch" if run.num_microbatches == 1 else f"{run.num_microbatches} microbatches"
     yield (
-        f"step: {run.global_batch_size:,} samples of {run.lengths[0]} + {run.lengths[1]} tokens in "
-        f"{run.num_microbatches} microbatches of {training.micro_batch_size}; {run.flops / 1e12:,.1f} TFLOP, "
-        f"{run.flops / run.world_size / 1e12:,.2f} a rank"
+        f"step: {run.global_batch_size:,} samples of {run.lengths[0]} + {run.lengths[1]} tokens in {microbatches} of "
+        f"{training.micro_batch_size}; {run.flops / 1e12:,.1f} TFLOP, {run.flops / run.world_size / 1e12:,.2f} a rank"
     )
     if run.plan is not None:
         yield run.plan.describe()

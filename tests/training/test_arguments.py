@@ -88,6 +88,35 @@ def test_every_flag_without_effect_warns_and_leaves_the_others_alone(flag: str) 
     assert parsed.config == parse_args([*SMALL, "--train-iters", "3"]).config
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (
+            ["--use-distributed-optimizer", "--data-parallel-sharding-strategy", "no_shard"],
+            "--use-distributed-optimizer",
+        ),
+        (["--swiglu", "--activation-function", "relu"], "--swiglu"),
+        (["--pipeline-schedule", "zbv"], "--pipeline-schedule"),
+        (["--initial-loss-scale", "65536", "--bf16"], "--initial-loss-scale"),
+    ],
+)
+def test_flags_that_others_leave_without_effect_warn(flags: list[str], named: str) -> None:
+    (warning,) = parse_args([*SMALL, *flags]).warnings
+    assert warning.startswith(f"{named} has no effect")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use-distributed-optimizer", "--data-parallel-sharding-strategy", "optim"],
+        ["--pipeline-schedule", "zbv", "--pipeline-model-parallel-size", "2"],
+        ["--initial-loss-scale", "65536", "--fp16"],
+    ],
+)
+def test_flags_with_effect_do_not_warn(flags: list[str]) -> None:
+    assert not parse_args([*SMALL, *flags]).warnings
+
+
 def test_fields_and_megatrons_other_flags_do_not_overlap() -> None:
     assert not set(MEGATRON_FLAGS) & {flag_name(option.name) for option in options()}
 

@@ -42,7 +42,8 @@ BAD_LAYOUTS = {
     ),
     "global batch not divisible": (
         "--dry-run-world-size 4 --micro-batch-size 3 --global-batch-size 16",
-        "--global-batch-size 16 is not a multiple of --micro-batch-size 3 x 4 data-parallel processes = 12",
+        "--global-batch-size 16 is not a multiple of --micro-batch-size 3 x 4 data-parallel processes = 12; choose a "
+        "multiple",
     ),
     "more stages than units": (
         "--pipeline-model-parallel-size 24 --global-batch-size 512",
@@ -61,8 +62,8 @@ BAD_LAYOUTS = {
     ),
     "microbatches that the schedule cannot divide": (
         "--pipeline-model-parallel-size 2 --pipeline-schedule interleaved --global-batch-size 56",
-        "--pipeline-schedule interleaved takes 7 microbatches a step on 2 pipeline ranks in 3 equal rounds, which 3 "
-        "does not divide; make them a multiple of 2",
+        "--pipeline-schedule interleaved cannot divide 7 microbatches a step into 3 equal rounds over 2 pipeline "
+        "ranks; choose --global-batch-size such that they are a multiple of 2",
     ),
     "stages a rank that the schedule cannot have": (
         "--pipeline-model-parallel-size 2 --pipeline-schedule zbv --num-virtual-stages-per-pipeline-rank 3 "

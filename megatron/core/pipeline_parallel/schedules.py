@@ -96,8 +96,9 @@ def check_schedule(name: str, num_ranks: int, stages_per_rank: int, num_microbat
     rounds = max(1, num_microbatches // num_ranks)
     if needed is None and num_microbatches % rounds:
         raise UserError(
-            f"--pipeline-schedule {name} takes {num_microbatches} microbatches a step on {num_ranks} pipeline ranks in "
-            f"{rounds} equal rounds, which {rounds} does not divide; make them a multiple of {num_ranks}"
+            f"--pipeline-schedule {name} cannot divide {num_microbatches} microbatches a step into {rounds} equal "
+            f"rounds over {num_ranks} pipeline ranks; choose --global-batch-size such that they are a multiple of "
+            f"{num_ranks}"
         )
 
 
