@@ -76,7 +76,8 @@ class Pipeline:
             self._deferred = DeferredWeightGradients()
             for module in modules:
                 cast(StageModule, module).tensor_parallel.linear = self._deferred.linear
-        self._schedules: dict[tuple[object, ...], Any] = {}  # by what is run and the shapes of the batch
+        # torch's schedule and its stages, by what is run and the shapes of the batch
+        self._schedules: dict[tuple[object, ...], tuple[Any, list[_Stage]]] = {}
         self._factor = torch.ones(())
         self._sums: list[Tensor] = []
 
@@ -113,16 +114,21 @@ class Pipeline:
             self._schedules[key] = self._build(inputs, loss_fn)
         # The loss needs no target, the last stage reads the labels; but torch does not go without one.
         target = next(iter(inputs.values()))
-        return self._schedules[key].step(target=target, return_outputs=loss_fn is None, **inputs)
+        schedule, stages = self._schedules[key]
+        outputs = schedule.step(target=target, return_outputs=loss_fn is None, **inputs)
+        if loss_fn is None:  # backward passes let go of what a step keeps, but there were none
+            for stage in stages:
+                stage.clear_runtime_states()
+        return outputs
 
-    def _build(self, inputs: dict[str, Tensor], loss_fn: Callable[..., Tensor] | None) -> Any:
-        """torch's schedule for batches of these shapes."""
+    def _build(self, inputs: dict[str, Tensor], loss_fn: Callable[..., Tensor] | None) -> tuple[Any, list[_Stage]]:
+        """torch's schedule for batches of these shapes, and its stages."""
         microbatch = {name: tensor[: len(tensor) // self.num_microbatches] for name, tensor in inputs.items()}
         stages = []
         for module, index in zip(self.modules, self.indices, strict=True):
             messages = cast(StageModule, module).messages(**microbatch)
             stages.append(_Stage(module, index, len(self.plan.stages), self.context, messages, self._deferred))
-        return build_schedule(self.plan.schedule, stages, self.num_microbatches, loss_fn)
+        return build_schedule(self.plan.schedule, stages, self.num_microbatches, loss_fn), stages
 
     def _loss(self, losses: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
         """What is differentiated of a microbatch's cross-entropy and z-loss `[b, t]`; notes their sums."""
@@ -192,6 +198,14 @@ class _Stage(PipelineStage):
             for info, meta in zip(self.grad_recv_info[bwd_chunk_id], self._returned, strict=True):
                 info.buffer = torch.empty_like(meta, device=self.device, requires_grad=False)
         return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **options: Any) -> Any:
+        """The forward pass of a microbatch; in a forward-only step, its input is not kept."""
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **options)
+        if not self.has_backward:
+            _release(self.args_recv_info[fwd_chunk_id])
+            self.fwd_cache[fwd_chunk_id] = (self.fwd_cache[fwd_chunk_id][0], [])
+        return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **options: Any) -> None:
         """The backward pass of a microbatch, or its first part; nothing in a forward-only step."""

@@ -63,6 +63,11 @@ def _cases(rank, pipeline_ranks, cases):
             assert not evaluated.requires_grad
         again = differences(ranks, batch, reference)
         assert again == worst
+        for _, stages in ranks.pipeline._schedules.values():
+            for stage in stages:  # nothing of a step is left, of an evaluation or of training
+                received = [*stage.args_recv_info.values(), *stage.grad_recv_info.values()]
+                assert all(info.buffer.is_meta for infos in received for info in infos)
+                assert not stage.fwd_cache and not any(stage.bwd_cache.values())
         assert all(torch.equal(a, b) for a, (_, b) in zip(first, ranks.gradients(), strict=True))
         ranks.shared.check_equal()
         owned = torch.tensor(sum(p.parameter.numel() for p in ranks.parameters if not p.is_copy))
