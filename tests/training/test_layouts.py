@@ -18,10 +18,11 @@ from tests.layouts.comparison import (
     train,
     train_here,
 )
+from tests.layouts.dropout import measure_dropout
 from tests.layouts.layout import Layout
 
 LOSS, PARAMETER = LIMITS["fp32"]
-STEPS = 6
+STEPS = 4
 QUICK = (
     Layout(tp=2, sp=True, variant="tied"),
     Layout(pp=2, schedule="zbv"),
@@ -54,7 +55,7 @@ def test_a_missing_sum_is_noticed(byte_dataset: Path, tmp_path: Path) -> None:
     """Sequence parallelism without the sum of the norm weights' gradients, which are few and small."""
     layout = Layout(tp=2, sp=True)
     saves = tmp_path / "one", tmp_path / "two"
-    common = ["--data-path", str(byte_dataset), "--train-iters", str(STEPS), "--save"]
+    common = ["--data-path", str(byte_dataset), "--train-iters", str(STEPS), "--eval-iters", "0", "--save"]
     with one_thread():
         assert train(1, [[*layout.reference.flags, *common, str(saves[0])]]) == [None]
     run_distributed(_train_without_replicated_sums, 2, [*layout.flags, *common, str(saves[1])])
@@ -96,16 +97,28 @@ def test_a_run_continues_on_other_layouts(byte_dataset: Path, tmp_path: Path) ->
 
 def test_dropout_repeats_bit_for_bit(byte_dataset: Path, tmp_path: Path) -> None:
     """The same layout twice."""
-    layouts = (Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2, schedule="interleaved"), Layout(dp=2))
+    layouts = (Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2, schedule="interleaved"))
     common = ["--data-path", str(byte_dataset), "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
-    common += ["--train-iters", "3", "--eval-iters", "0", "--save"]
+    common += ["--train-iters", "2", "--eval-iters", "0", "--save"]
     saves = [(tmp_path / f"{number}-first", tmp_path / f"{number}-second") for number in range(len(layouts))]
     runs = [[*layout.flags, *common, str(save)] for layout, both in zip(layouts, saves, strict=True) for save in both]
     assert train(2, runs) == [None] * len(runs)
     assert len({str(metrics(first, "lm_loss")) for first, _ in saves}) == len(layouts), "other masks in each layout"
     for first, second in saves:
         assert metrics(first, "lm_loss") == metrics(second, "lm_loss")
-        shards = sorted(path.name for path in (first / "iter_0000003").glob("*.safetensors"))
+        shards = sorted(path.name for path in (first / "iter_0000002").glob("*.safetensors"))
         assert len(shards) == 2
         for name in shards:
-            assert (first / "iter_0000003" / name).read_bytes() == (second / "iter_0000003" / name).read_bytes()
+            assert (first / "iter_0000002" / name).read_bytes() == (second / "iter_0000002" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_layouts_agree_on_average_with_dropout(byte_dataset: Path, tmp_path: Path) -> None:
+    """What `python -m tests.layouts dropout` measures; within two standard errors."""
+    one, *others, without_dropout = measure_dropout(byte_dataset, tmp_path, write=lambda row: None)
+    for sample in others:
+        mean, error = sample.differences(one)
+        assert abs(mean) <= 2.0 * error, sample.name
+    mean, error = without_dropout.differences(one)
+    assert abs(mean) > 10.0 * error, "a layout without dropout would not be noticed"
