@@ -48,6 +48,9 @@ def test_readme_names_what_exists() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / target).exists(), target
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
-    listed = "".join(path.read_text(encoding="utf-8") for path in tracked("megatron/*.py", "tools/*.py", "benchmarks/*.py", "examples/*"))
+    listed = "".join(
+        path.read_text(encoding="utf-8")
+        for path in tracked("megatron/*.py", "tools/*.py", "benchmarks/*.py", "examples/*")
+    )
     for flag in flags - {"--nproc-per-node"}:
         assert flag in listed or flag[2:].replace("-", "_") in listed, flag

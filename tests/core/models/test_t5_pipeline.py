@@ -223,7 +223,7 @@ def test_a_layout_by_hand_is_kept():
         ),
         ({"ranks": 2, "pipeline_schedule": "dualpipev", "microbatches": 3}, "needs at least 4 microbatches"),
         ({"ranks": 2, "pipeline_schedule": "1f1b", "microbatches": 1}, "needs at least 2 microbatches"),
-        ({"ranks": 2, "pipeline_schedule": "interleaved", "microbatches": 5}, "make them a multiple of 2"),
+        ({"ranks": 2, "pipeline_schedule": "interleaved", "microbatches": 5}, "such that they are a multiple of 2"),
         (
             {"ranks": 2, "pipeline_layout": "E1|D1|head"},
             "3 stages, which --pipeline-model-parallel-size 2 does not",
