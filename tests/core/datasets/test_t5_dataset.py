@@ -205,7 +205,7 @@ def test_two_processes_give_the_samples_of_one() -> None:
     program = (
         "import sys, numpy as np; sys.path.insert(0, sys.argv[1]); import test_t5_dataset as t\n"
         "rank = int(sys.argv[2]); loader = t.T5Loader(t.dataset(), 4, 3, rank, 2)\n"
-        "for batch in loader.step_batch(24).split(3): sys.stdout.buffer.write(batch.encoder_input_ids.numpy().tobytes())"
+        "for part in loader.step_batch(24).split(3): sys.stdout.buffer.write(part.encoder_input_ids.numpy().tobytes())"
     )
     folder = str(Path(__file__).parent)
     outputs = [
