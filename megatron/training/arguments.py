@@ -281,9 +281,12 @@ def _megatron_flags(given: dict[str, Any], warnings: list[str]) -> dict[str, Any
     """Take Megatron-LM's other flags out of `given`; return the fields they stand for."""
     translated = {}
     for flag, meaning in MEGATRON_FLAGS.items():
-        if given.pop(flag[2:].replace("-", "_"), None) is None:
+        value = given.pop(flag[2:].replace("-", "_"), None)
+        if value is None:
             continue
         if isinstance(meaning, Refused):
+            if value == [meaning.obeyed]:
+                continue
             raise UserError(f"{flag} is Megatron-LM's and does not work here: {meaning.reason}")
         if isinstance(meaning, Translated):
             direct = given.get(meaning.field, meaning.value)

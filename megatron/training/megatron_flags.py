@@ -25,9 +25,15 @@ class NoEffect:
 
 @dataclass(frozen=True)
 class Refused:
-    """Refused: obeying it is impossible and ignoring it would change the run."""
+    """Refused: obeying it is impossible and ignoring it would change the run.
+
+    Attributes:
+        reason: Why, and what to do instead.
+        obeyed: The one value that asks for what happens anyway; accepted.
+    """
 
     reason: str
+    obeyed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,8 @@ MEGATRON_FLAGS: dict[str, NoEffect | Refused | Translated] = {
     "--num-query-groups": Refused("T5 has one key and value head for each query head; remove it"),
     "--num-experts": Refused("mixtures of experts are not supported; remove it"),
     "--init-method-xavier-uniform": Refused("use --init-method-std, or neither for T5X's initialisation"),
-    "--context-parallel-size": Refused("context parallelism is not supported; remove it"),
-    "--expert-model-parallel-size": Refused("mixtures of experts are not supported; remove it"),
+    "--context-parallel-size": Refused("context parallelism is not supported; remove it", obeyed="1"),
+    "--expert-model-parallel-size": Refused("mixtures of experts are not supported; remove it", obeyed="1"),
     "--pipeline-model-parallel-split-rank": Refused("stages are cut by cost, not by a split rank; remove it"),
     "--encoder-tensor-model-parallel-size": Refused("encoder and decoder share one tensor-parallel size; remove it"),
     "--encoder-pipeline-model-parallel-size": Refused("encoder and decoder share one pipeline; remove it"),

@@ -68,6 +68,12 @@ def test_run_config_survives_json_values() -> None:
     assert RunConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
+def test_a_value_that_asks_for_what_happens_anyway_is_accepted() -> None:
+    assert not parse_args([*SMALL, "--context-parallel-size", "1", "--expert-model-parallel-size", "1"]).warnings
+    with pytest.raises(UserError, match="--context-parallel-size"):
+        parse_args([*SMALL, "--context-parallel-size", "2"])
+
+
 def test_megatron_spellings_are_translated() -> None:
     config = parse_args([*SMALL, "--swiglu", "--optimizer", "adam", "--attention-backend", "fused"]).config
     assert config.model.activation_function == "gated-silu"
