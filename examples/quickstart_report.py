@@ -20,17 +20,16 @@ from megatron.training.arguments import run_command_line
 from megatron.training.config import RunConfig
 from megatron.training.data import TrainingData, open_data
 from megatron.training.evaluation import evaluate, special_token_mask
+from megatron.training.model_setup import DistributedModel
 
 CONTEXT = ParallelContext(device=torch.device("cpu"))
 
 
-def load_model(path: Path, config: RunConfig) -> T5Model:
-    """The model of a training checkpoint."""
-    with torch.device("meta"):
-        model = T5Model(config.model, config.compute)
-    model.to_empty(device=CONTEXT.device)
-    load_checkpoint(path, {f"model/{name}": value for name, value in model.named_parameters()}, strict=False)
-    return model.eval()
+def load_model(path: Path, config: RunConfig) -> DistributedModel:
+    """The model of a training checkpoint, in this one process."""
+    model = DistributedModel(config, CONTEXT, plan=None, num_microbatches=1)
+    load_checkpoint(path, {f"model/{p.name}": p.parameter for p in model.parameters}, strict=False)
+    return model
 
 
 def unigram_cross_entropy(data: TrainingData, loader: T5Loader, num_samples: int) -> float:
@@ -109,7 +108,7 @@ def main() -> None:
     is_special = special_token_mask(data.special, config.model.padded_vocab_size, CONTEXT.device)
     result = evaluate(model, loader, num_samples, is_special, CONTEXT)
     unigram = unigram_cross_entropy(data, loader, num_samples)
-    for filled, truth in examples(model, data, arguments.examples):
+    for filled, truth in examples(model.stages[0].eval(), data, arguments.examples):
         print(f"model: {filled}\ntruth: {truth}\n")
     gain = unigram - result.noise_lm_loss
     print(f"validation loss per noise token ({result.num_noise_tokens:,} tokens, {num_samples:,} samples):")
