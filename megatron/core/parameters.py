@@ -192,9 +192,17 @@ def local_slice(parameter: torch.Tensor, dim: int) -> tuple[int, int]:
     return 0, parameter.shape[dim]
 
 
-def local_rows(parameter: torch.Tensor) -> tuple[int, int]:
-    """First global row (dimension 0) and number of rows of `parameter` that this rank holds."""
-    return local_slice(parameter, 0)
+def buckets(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of consecutive `sizes`, joined as long as they fit into `limit` together; a larger one is alone."""
+    found: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if size > room:
+            found.append([])
+            room = limit
+        found[-1].append(index)
+        room -= size
+    return found
 
 
 def local_tensor(parameter: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, data: TrainingData, context: ParallelContext) -> None:
         self.config, self.data, self.context = config, data, context
+        self.description = data.describe()
+        check_equal_on_all_ranks(context, {"config": config.to_dict(), **self.description})
         training = config.training
         self.num_microbatches = training.num_microbatches(context.dp_size)
         self.global_batch_size = training.micro_batch_size * context.dp_size * self.num_microbatches
@@ -65,7 +67,6 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.parameters, context, synchronize)
         self.loss_scaler = LossScaler(config.optimizer, enabled=config.compute.fp16)
         self.train_loader = self._loader(data.train)
-        self.description = data.describe()
         self.flops_per_sample = training_flops_per_sequence(config.model, *lengths)
         self.peak_tflops = device_peak_tflops(context.device, config.logging)
         self.sinks: list[Sink] = []
@@ -349,7 +350,6 @@ def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: b
     fit_vocabulary(config, data.tokenizer, vocab_size_given)
     for warning in data.warnings:
         warn(warning, context.is_main)
-    check_equal_on_all_ranks(context, {"config": config.to_dict(), **data.describe()})
     trainer = Trainer(config, data, context)
     trainer.start()
     say(trainer.describe(), context.is_main)

@@ -11,7 +11,7 @@ from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.parameters import (
     INIT_BLOCK_ROWS,
     initialize_parameters,
-    local_rows,
+    local_slice,
     local_tensor,
     named_parameter_specs,
 )
@@ -159,7 +159,7 @@ def test_a_ranks_rows_equal_the_rows_of_the_whole(world, rank):
         model.to_empty(device="cpu")
         initialize_parameters(model, seed=3)
         for name, parameter in model.named_parameters():
-            start, count = local_rows(parameter)
+            start, count = local_slice(parameter, 0)
             assert count <= -(-parameter.shape[0] // world)
             assert torch.equal(local_tensor(parameter)[:count], whole[name][start : start + count]), name
     finally:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup, all_reduce
 from torch.distributed.tensor import DTensor
 
-from megatron.core.parameters import local_tensor
+from megatron.core.parameters import buckets, local_tensor
 
 # Gradients are summed in buffers of at most this size, or that of the largest gradient.
 BUFFER_MIB = 64
@@ -25,7 +25,9 @@ def all_reduce_gradients_(parameters: Iterable[nn.Parameter], group: ProcessGrou
     if group is None or group.size() == 1:
         return
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    for bucket in _buckets(with_gradient, BUFFER_MIB * 2**20):
+    sizes = [local_tensor(parameter.detach()).nbytes for parameter in with_gradient]
+    for indices in buckets(sizes, BUFFER_MIB * 2**20):
+        bucket = [with_gradient[index] for index in indices]
         gradients = [local_tensor(parameter.grad) for parameter in bucket]  # type: ignore[arg-type]
         buffer = torch.cat([gradient.flatten() for gradient in gradients])
         all_reduce(buffer, group=group)
@@ -46,17 +48,3 @@ def _with_local(parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def _buckets(parameters: Sequence[nn.Parameter], max_bytes: int) -> list[list[nn.Parameter]]:
-    """Consecutive parameters, joined as long as their local parts fit into `max_bytes`."""
-    buckets: list[list[nn.Parameter]] = []
-    room = 0
-    for parameter in parameters:
-        nbytes = local_tensor(parameter.detach()).nbytes
-        if nbytes > room:
-            buckets.append([])
-            room = max_bytes
-        buckets[-1].append(parameter)
-        room -= nbytes
-    return buckets

@@ -15,7 +15,7 @@ from megatron.core.optimizer.adamw import AdamW
 from megatron.core.optimizer.base import Synchronize
 from megatron.core.optimizer.logical_matrices import LogicalMatrices
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import ModelParameter
+from megatron.core.parameters import ModelParameter, buckets
 
 MIN_RMS = 1e-3
 # Updates are made in buckets of at most this size, or that of the largest parameter: the buffer that holds them stays
@@ -38,23 +38,11 @@ class AdamWScale(AdamW):
     ) -> None:
         super().__init__(config, parameters, context, synchronize)
         self.matrices = LogicalMatrices(self)
-        self.buckets = self._make_buckets()
+        limit = BUCKET_MIB[context.device.type] * 2**20
+        joined = buckets([self.local_exp_avg[i].nbytes for i in self.held], limit)
+        self.buckets = [[self.held[i] for i in bucket] for bucket in joined]
         sizes = [sum(self.local_exp_avg[i].numel() for i in bucket) for bucket in self.buckets]
         self.buffer = self.local_exp_avg[0].new_empty(max(sizes, default=0))
-
-    def _make_buckets(self) -> list[list[int]]:
-        """Indices of the parameters that are updated together."""
-        limit = BUCKET_MIB[self.context.device.type] * 2**20
-        buckets: list[list[int]] = []
-        room = 0
-        for index in self.held:
-            nbytes = self.local_exp_avg[index].nbytes
-            if nbytes > room:
-                buckets.append([])
-                room = limit
-            buckets[-1].append(index)
-            room -= nbytes
-        return buckets
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
