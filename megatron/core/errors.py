@@ -1,4 +1,4 @@
-"""The one exception type for mistakes a user can mend."""
+"""Exceptions that end a program with one line instead of a traceback, and their exit statuses."""
 
 
 class UserError(ValueError):
@@ -8,3 +8,31 @@ class UserError(ValueError):
     Command-line programs print it without a traceback and exit with status 1; anything else that
     escapes is a bug of ours and keeps its traceback.
     """
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, through no mistake in its flags; the message is a single line.
+
+    Attributes:
+        exit_status: Status of the process; launchers tell the cases apart by it.
+    """
+
+    exit_status: int
+
+
+class CommunicationError(RunError):
+    """A collective failed or timed out: another process died, hangs or is cut off."""
+
+    exit_status = 3
+
+
+class NumericalError(RunError):
+    """Numbers that cannot be trusted: too many steps in a row that are not finite, or a step that is not repeatable."""
+
+    exit_status = 4
+
+
+class SaveError(RunError):
+    """A checkpoint could not be saved, and `--on-save-error` is `stop`."""
+
+    exit_status = 5

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron.core.config import ParallelConfig
@@ -31,6 +31,9 @@ class ParallelContext:
         mesh: Device mesh with the axes of `MESH_AXES`, or None when there is a single process, which then needs no
             process group at all.
         dp_tp_group: Process group of the ranks of this pipeline rank (dp x tp together), or None without a mesh.
+        control_group: Gloo group of all ranks for small agreements between hosts, used from the main thread only; None
+            for a single process.
+        store: Key-value store of the job, or None when the process group was made without one at hand.
         timeout: Time after which a collective ends the job, for groups that are created later; None: torch's.
     """
 
@@ -39,10 +42,12 @@ class ParallelContext:
     rank: int = 0
     mesh: DeviceMesh | None = None
     dp_tp_group: ProcessGroup | None = None
+    control_group: ProcessGroup | None = None
+    store: Store | None = None
     timeout: timedelta | None = None
 
     @classmethod
-    def create(cls, config: ParallelConfig, device: torch.device) -> ParallelContext:
+    def create(cls, config: ParallelConfig, device: torch.device, store: Store | None = None) -> ParallelContext:
         """Build the mesh over the initialised default process group (a single process needs none).
 
         Raises:
@@ -63,10 +68,13 @@ class ParallelContext:
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
         dp_tp_group = mesh["dp", "tp"]._flatten("dp_tp").get_group()
         timeout = timedelta(minutes=config.distributed_timeout_minutes)
-        if torch.distributed.get_backend() != "fake":  # which has none
+        control_group = None
+        if torch.distributed.get_backend() != "fake":  # which has no timeouts and exchanges nothing
             for group in (*mesh.get_all_groups(), dp_tp_group):  # torch gives new groups its own default
                 group.set_timeout(timeout)
-        return cls(device, world_size, torch.distributed.get_rank(), mesh, dp_tp_group, timeout)
+            control_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        rank = torch.distributed.get_rank()
+        return cls(device, world_size, rank, mesh, dp_tp_group, control_group, store, timeout)
 
     # Cached below: torch takes 0.1 ms to look an axis up, and the gradient norm asks for every parameter.
     def _size(self, axis: str) -> int:

@@ -15,6 +15,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import sys
 import textwrap
 import time
@@ -28,7 +29,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from megatron.core.config import flag_name
-from megatron.core.errors import UserError
+from megatron.core.errors import CommunicationError, RunError, UserError
 from megatron.core.models.T5.t5_presets import PRESETS
 from megatron.training.config import FLAG_GROUPS, GROUPS, DryRunConfig, RunConfig
 from megatron.training.megatron_flags import MEGATRON_FLAGS, MEGATRON_VALUES, NoEffect, Refused, Translated
@@ -409,7 +410,7 @@ def exit_status(program: Callable[[], object], output: str, interrupted: str) ->
 
 
 def run_command_line(main: Callable[[], int | None], is_printing_process: bool = True) -> NoReturn:
-    """Run `main` as a program: a `UserError` becomes one line on stderr and exit status 1.
+    """Run `main` as a program: `UserError` and `RunError` become one line on stderr and an exit status.
 
     A mistake mostly shows on every process of a node. One of them prints it; torchrun ends the others when that one
     has failed, and whoever is still there after a while has a mistake of its own to report.
@@ -421,3 +422,11 @@ def run_command_line(main: Callable[[], int | None], is_printing_process: bool =
             time.sleep(OTHER_PROCESS_PRINTS_WITHIN_S)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except CommunicationError as error:  # each process saw something else of it
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Without the clean-up of an orderly end, which would wait for processes that are gone.
+        os._exit(error.exit_status)
+    except RunError as error:
+        if is_printing_process:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)

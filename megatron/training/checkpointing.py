@@ -37,7 +37,10 @@ class Progress:
         iteration: Completed steps.
         consumed_samples: Samples trained on.
         consumed_tokens: Encoder and decoder tokens trained on, without padding.
-        skipped_iterations: Steps left out because their gradient was not finite.
+        skipped_iterations: Steps left out because their loss or gradient was not finite.
+        consecutive_skips: How many of them in a row, up to now.
+        next_sample: Id of the first sample not dealt out yet; larger than `consumed_samples` after `--skip-samples`.
+        recent_losses: What the detection of loss spikes compares with.
         loss_scaler: State of the dynamic loss scale (fp16); empty without one.
     """
 
@@ -45,6 +48,9 @@ class Progress:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     skipped_iterations: int = 0
+    consecutive_skips: int = 0
+    next_sample: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     loss_scaler: dict[str, float] = field(default_factory=dict)
 
 

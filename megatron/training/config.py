@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core.config import (
     ComputeConfig,
@@ -14,6 +14,7 @@ from megatron.core.config import (
     ParallelConfig,
     TokenizerConfig,
     flag_name,
+    option,
     require_positive,
 )
 from megatron.core.errors import UserError
@@ -37,11 +38,27 @@ class TrainingConfig:
     """Global batches of an evaluation, always the same ones; 0 turns evaluation off."""
     seed: int = 1234
     """Decides initial weights, the order and corruption of samples, and dropout."""
+    exit_interval: int | None = None
+    """Save and stop after each step that is a multiple of this; the same command continues."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop after the first step that ends so many minutes after the start; the same command continues."""
+    max_consecutive_skips: int = 50
+    """Stop after more than so many steps in a row whose loss or gradient is not finite; such steps change nothing."""
+    loss_spike_threshold: float = 6.0
+    """Log a step, with its sample ids, whose loss is so many standard deviations above the steps before; 0: never."""
+    skip_samples: list[str] | None = None
+    """Ranges of sample ids to leave out, as first-last (inclusive), such as the ones a loss spike was logged with."""
+    check_determinism_interval: int | None = None
+    """Compute every so many steps twice and compare bit for bit; a difference stops the run. Default: never."""
 
     def __post_init__(self) -> None:
         require_positive(
-            self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples", "eval_interval"
+            self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples", "eval_interval",
+            "exit_interval", "exit_duration_in_mins", "check_determinism_interval",
         )  # fmt: skip
+        for name in ("max_consecutive_skips", "loss_spike_threshold"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{flag_name(name)} is {getattr(self, name)}; it must not be negative")
         if self.eval_iters < 0:
             raise UserError(f"--eval-iters is {self.eval_iters}; it must not be negative")
         if self.train_iters is not None and self.train_samples is not None:
@@ -71,9 +88,43 @@ class CheckpointConfig:
     """Directory to start from while --save holds no checkpoint; it must hold one, unless it is --save itself."""
     save_interval: int = 1000
     """Save every so many steps, and at the end."""
+    async_save: bool = False
+    """Pause training only for a copy to host memory; a thread writes the checkpoint meanwhile."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be saved; with continue, the next one is tried at its time."""
+    keep_last: int | None = None
+    """Keep only so many of the newest checkpoints. Default: all."""
+    keep_every: int | None = None
+    """With --keep-last, keep the checkpoints of steps that are a multiple of this as well."""
+    verify_checkpoint: bool = True
+    """Compare the checksums of a checkpoint before it is loaded; sizes are always compared."""
+    ckpt_step: int | None = None
+    """Continue from the checkpoint of this step instead of the newest."""
+    finetune: bool = False
+    """Take only the weights from --load and begin a new run with them."""
+    load_optim: bool = option(True, negative="--no-load-optim")
+    """Load the state of the optimizer; without it, weights and progress are loaded and the state starts anew."""
+    use_checkpoint_args: bool = False
+    """Take architecture, tokenizer and objective from the checkpoint to continue; other flags given still win."""
+    override_opt_param_scheduler: bool = option(False, aliases=("--override-opt_param-scheduler",))
+    """Follow the learning-rate schedule of the flags where the checkpoint's differs."""
+    use_checkpoint_opt_param_scheduler: bool = option(False, aliases=("--use-checkpoint-opt_param-scheduler",))
+    """Follow the learning-rate schedule of the checkpoint where the flags differ."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "save_interval")
+        require_positive(self, "save_interval", "keep_last", "keep_every", "ckpt_step")
+        if self.keep_every is not None and self.keep_last is None:
+            raise UserError("--keep-every needs --keep-last, without which all checkpoints are kept; add it")
+        if self.finetune and self.load is None:
+            raise UserError("--finetune needs --load, the directory to take the weights from; add it")
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            raise UserError(
+                "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; give one"
+            )
+        if self.save is None:
+            for name in ("async_save", "keep_last"):
+                if getattr(self, name):
+                    raise UserError(f"{flag_name(name)} needs --save; add it or remove the flag")
 
 
 @dataclass(kw_only=True)

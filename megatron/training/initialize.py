@@ -62,15 +62,22 @@ def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
         yield ParallelContext.create(config, device)
         return
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    # What init_process_group would do by itself; done here to keep the store.
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
     torch.distributed.init_process_group(
         backend,
-        timeout=timedelta(minutes=config.distributed_timeout_minutes),
+        store=torch.distributed.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
     try:
         # Ranks with other layouts would wait for each other while they build the mesh.
         check_equal_on_all_ranks(ParallelContext(device), {"config": asdict(config)})
-        context = ParallelContext.create(config, device)
+        context = ParallelContext.create(config, device, store)
         for warning in layout_warnings(config, int(os.environ.get("LOCAL_WORLD_SIZE", context.world_size))):
             warn(warning, context.is_main)
         yield context

@@ -1,0 +1,126 @@
+"""Stopping a run in order: signals, requests and the time limit, agreed on by all ranks.
+
+A signal reaches some ranks or all of them, at different instants; ranks that drew different conclusions would wait for
+each other for ever. So handlers only take a note, and the loop asks at places that all ranks pass in the same order.
+
+The first signal lets the step end. A second one, for when that takes too long, gives up the step under way. Signals
+that follow each other within `SAME_REQUEST_S` count as one: a launcher that forwards a signal that its processes got
+already, Ctrl-C in a terminal for one, is not a second wish.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from types import FrameType
+from typing import Any
+
+import torch
+
+from megatron.core.parallel_state import ParallelContext
+from megatron.training.config import TrainingConfig
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGTERM: launchers and schedulers; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning before the time limit."""
+
+SAME_REQUEST_S = 1.0
+"""Signals that are closer to each other are one wish to stop."""
+
+
+class Stop(IntEnum):
+    """How urgently a run is to stop; ranks agree on the maximum."""
+
+    NO = 0
+    AFTER_STEP = 1
+    AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What one rank wants, and why: for the others to tell."""
+
+    stop: Stop = Stop.NO
+    reason: str = ""
+    signal_number: int | None = None
+
+
+class StopControl:
+    """Notes the wishes to stop on this rank and finds out about the others'; handles signals inside a `with` block.
+
+    Args:
+        context: All its ranks make one.
+        training: Holds the time limit, which counts from here.
+
+    Attributes:
+        reason: Why the run stops, such as "SIGTERM on rank 1" or "--exit-duration-in-mins 30", the same on all ranks;
+            empty until `poll` told them to stop.
+        signal_number: The signal that was the reason, or None; the same on all ranks.
+    """
+
+    def __init__(self, context: ParallelContext, training: TrainingConfig) -> None:
+        self.context = context
+        self.reason = ""
+        self.signal_number: int | None = None
+        self._minutes = training.exit_duration_in_mins
+        self._start = time.monotonic()
+        self._agreed = Stop.NO
+        self._requested = self._signalled = _Wish()
+        self._signals = 0
+        self._last_signal = float("-inf")
+        self._replaced: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopControl:
+        for number in STOP_SIGNALS:
+            self._replaced[number] = signal.signal(number, self._on_signal)
+            # Library code that is reading or writing a file in another thread goes on instead of failing with EINTR.
+            signal.siginterrupt(number, False)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
+        self._replaced.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._last_signal < SAME_REQUEST_S:
+            return
+        self._last_signal = now
+        self._signals += 1
+        if self._signals > 2 and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the way out of a run that does not get as far as asking
+        self._signalled = _Wish(Stop(min(self._signals, Stop.AT_ONCE)), signal.Signals(number).name, number)
+
+    def request(self, reason: str) -> None:
+        """Stop after the step because this rank wants to; the first reason counts."""
+        if not self._requested.stop:
+            self._requested = _Wish(Stop.AFTER_STEP, reason)
+
+    def poll(self) -> Stop:
+        """Whether and how urgently to stop; all ranks call it together and get the same answer, which never falls."""
+        if self._minutes is not None and time.monotonic() - self._start >= self._minutes * 60:
+            self.request(f"--exit-duration-in-mins {self._minutes:g}")
+        wish = max(self._requested, self._signalled, key=lambda wish: wish.stop)
+        stop = wish.stop
+        if self.context.control_group is not None:
+            highest = torch.tensor(stop, dtype=torch.int32)
+            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=self.context.control_group)
+            stop = Stop(int(highest.item()))
+        if stop > self._agreed:
+            self._agreed = stop
+            self._agree_on_reason(wish)
+        return stop
+
+    def _agree_on_reason(self, own: _Wish) -> None:
+        """Take the reason from the lowest rank with the most urgent wish."""
+        wishes: list[_Wish] = [own]
+        if self.context.control_group is not None:
+            wishes = [_Wish()] * self.context.world_size
+            torch.distributed.all_gather_object(wishes, own, group=self.context.control_group)
+        rank = next(rank for rank, wish in enumerate(wishes) if wish.stop == self._agreed)
+        self.signal_number = wishes[rank].signal_number
+        # What happened on every rank, a time limit or a signal to the whole job, needs no rank.
+        where = "" if all(wish == wishes[rank] for wish in wishes) else f" on rank {rank}"
+        self.reason = wishes[rank].reason + where
