@@ -1,0 +1,141 @@
+"""Signals, requests and the time limit: what a rank notes, and what all ranks agree on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.core.parallel_state import ParallelContext
+from megatron.training import stopping
+from megatron.training.config import TrainingConfig
+from megatron.training.stopping import STOP_SIGNALS, Stop, StopControl
+from tests.distributed import run_distributed
+
+ALONE = ParallelContext(torch.device("cpu"))
+
+
+@pytest.fixture
+def every_signal_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "SAME_REQUEST_S", 0.0)
+
+
+def deliver(number: int) -> None:
+    """The handler has run when this returns: a process's own signal arrives before the call ends."""
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_stops_after_the_step_and_a_second_at_once(number: signal.Signals, every_signal_counts: None) -> None:
+    before = signal.getsignal(number)
+    with StopControl(ALONE, TrainingConfig()) as control:
+        assert (control.poll(), control.reason, control.signal_number) == (Stop.NO, "", None)
+        deliver(number)
+        assert (control.poll(), control.reason, control.signal_number) == (Stop.AFTER_STEP, number.name, number)
+        assert control.poll() == Stop.AFTER_STEP
+        deliver(number)
+        assert (control.poll(), control.reason) == (Stop.AT_ONCE, number.name)
+    assert signal.getsignal(number) == before
+
+
+def test_a_forwarded_copy_of_a_signal_is_no_second_one() -> None:
+    with StopControl(ALONE, TrainingConfig()) as control:
+        deliver(signal.SIGINT)
+        deliver(signal.SIGTERM)
+        deliver(signal.SIGINT)
+        assert (control.poll(), control.reason) == (Stop.AFTER_STEP, "SIGINT")
+
+
+def test_a_third_interrupt_ends_the_program_but_not_a_third_sigterm(every_signal_counts: None) -> None:
+    with StopControl(ALONE, TrainingConfig()) as control:
+        for _ in range(3):
+            deliver(signal.SIGTERM)
+        assert control.poll() == Stop.AT_ONCE
+        with pytest.raises(KeyboardInterrupt):
+            deliver(signal.SIGINT)
+
+
+def test_time_limit() -> None:
+    with StopControl(ALONE, TrainingConfig(exit_duration_in_mins=0.5 / 60)) as control:
+        assert control.poll() == Stop.NO
+        time.sleep(0.5)
+        assert (control.poll(), control.signal_number) == (Stop.AFTER_STEP, None)
+        assert control.reason == "--exit-duration-in-mins 0.00833333"
+
+
+def test_the_first_request_gives_the_reason_and_a_second_signal_still_hurries(every_signal_counts: None) -> None:
+    with StopControl(ALONE, TrainingConfig()) as control:
+        control.request("--exit-interval 10")
+        control.request("something later")
+        assert (control.poll(), control.reason) == (Stop.AFTER_STEP, "--exit-interval 10")
+        deliver(signal.SIGTERM)
+        deliver(signal.SIGTERM)
+        assert (control.poll(), control.reason, control.signal_number) == (Stop.AT_ONCE, "SIGTERM", signal.SIGTERM)
+
+
+def answers(rank: int) -> list[tuple[Stop, str, int | None]]:
+    """What this of two ranks is told after each event."""
+    stopping.SAME_REQUEST_S = 0.0
+    context = ParallelContext(torch.device("cpu"), 2, rank, control_group=dist.group.WORLD)
+    told: list[Any] = []
+
+    def ask(control: StopControl) -> None:
+        told.append((control.poll(), control.reason, control.signal_number))
+
+    with StopControl(context, TrainingConfig()) as control:
+        ask(control)
+        if rank == 1:
+            deliver(signal.SIGUSR1)
+        ask(control)
+        deliver(signal.SIGTERM)  # the first here, the second there
+        ask(control)
+    with StopControl(context, TrainingConfig()) as control:
+        deliver(signal.SIGTERM)
+        ask(control)
+    with StopControl(context, TrainingConfig(exit_duration_in_mins=1e-9)) as control:
+        ask(control)
+    with StopControl(context, TrainingConfig()) as control:
+        if rank == 0:
+            control.request("the disk is slow")
+        ask(control)
+    return told
+
+
+def test_ranks_agree() -> None:
+    expected = [
+        (Stop.NO, "", None),
+        (Stop.AFTER_STEP, "SIGUSR1 on rank 1", signal.SIGUSR1),
+        (Stop.AT_ONCE, "SIGTERM on rank 1", signal.SIGTERM),
+        (Stop.AFTER_STEP, "SIGTERM", signal.SIGTERM),
+        (Stop.AFTER_STEP, "--exit-duration-in-mins 1e-09", None),
+        (Stop.AFTER_STEP, "the disk is slow on rank 0", None),
+    ]
+    assert run_distributed(answers, 2) == [expected, expected]
+
+
+PROGRAM = """
+import time
+import torch
+from megatron.core.parallel_state import ParallelContext
+from megatron.training.config import TrainingConfig
+from megatron.training.stopping import StopControl
+with StopControl(ParallelContext(torch.device("cpu")), TrainingConfig()) as control:
+    print("ready", flush=True)
+    while not control.poll():
+        time.sleep(0.01)
+print(control.reason)
+"""
+
+
+def test_a_real_signal_from_outside() -> None:
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    assert (process.communicate(timeout=60)[0], process.returncode) == ("SIGUSR1\n", 0)
