@@ -79,7 +79,7 @@ class Trainer:
         windows = self.data.train.windows_per_epoch
         self.total_iterations = run_length(self.config, self.progress, self.global_batch_size, windows)
         # Progress of the schedule is counted in samples when the length of the run is.
-        self.schedule = LearningRateSchedule(
+        self.schedule = LearningRateSchedule.from_config(
             self.config.optimizer,
             total=train_samples or self.total_iterations,
             unit="iterations" if train_samples is None else "samples",

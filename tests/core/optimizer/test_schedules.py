@@ -13,7 +13,7 @@ WSD_STYLES = ["exponential", "linear", "cosine", "minus_sqrt"]
 
 
 def schedule(total=1000, unit="iterations", **flags):
-    return LearningRateSchedule(OptimizerConfig(lr=1.0, **flags), total, unit)
+    return LearningRateSchedule.from_config(OptimizerConfig(lr=1.0, **flags), total, unit)
 
 
 @settings(deadline=None, max_examples=200)
@@ -83,8 +83,8 @@ def test_wsd_is_flat_until_its_decay(style, half):
 def test_decay_length_is_the_run_unless_given():
     assert schedule(lr_decay_style="linear", lr_warmup_iters=0)(500) == 0.5
     assert schedule(lr_decay_style="linear", lr_warmup_iters=0, lr_decay_iters=2000)(500) == 0.75
-    assert schedule(lr_warmup_fraction=0.1, lr_decay_iters=2000).warmup == 200
-    assert schedule(400).warmup == 4  # 0.01 by default
+    assert schedule(lr_warmup_fraction=0.1, lr_decay_iters=2000).lr_warmup == 200
+    assert schedule(400).lr_warmup == 4  # 0.01 by default
 
 
 def test_samples():
