@@ -16,12 +16,14 @@ import inspect
 import itertools
 import math
 import os
+import signal
 import sys
 import textwrap
 import time
 import types
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -36,7 +38,7 @@ from megatron.training.megatron_flags import MEGATRON_FLAGS, MEGATRON_VALUES, No
 
 EXIT_USER_ERROR = 1
 EXIT_FLAG_SYNTAX = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # and the signal's number
 OTHER_PROCESS_PRINTS_WITHIN_S = 10.0  # a busy machine needs seconds to end the process that has printed
 
 
@@ -387,22 +389,45 @@ def format_config(config: RunConfig, sources: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise KeyboardInterrupt as SIGINT does, with their number; later ones do not disturb."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        for caught in before:
+            signal.signal(caught, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.getsignal(n) for n in caught if signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def exit_status(program: Callable[[], object], output: str, interrupted: str) -> int:
-    """Run a tool's `program`; a mistake, a file that fails and Ctrl-C become one line on stderr and an exit status.
+    """Run a tool's `program`; a mistake, a file that fails and a signal become one line on stderr and an exit status.
+
+    The signals are SIGINT (Ctrl-C), SIGTERM and SIGUSR1; `program` sees each as a KeyboardInterrupt.
 
     Args:
         program: The tool.
         output: What it writes, named when a file error (a full disk, say) names no file.
-        interrupted: The line after Ctrl-C.
+        interrupted: The line after a signal.
     """
     try:
-        program()
+        with _signals_interrupt():
+            program()
     except UserError as error:
         message, status = f"error: {error}", EXIT_USER_ERROR
     except OSError as error:
         message, status = f"error: {error.filename or output}: {error.strerror or error}", EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        message, status = interrupted, EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        message, status = interrupted, EXIT_SIGNAL + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     else:
         return 0
     print(message, file=sys.stderr)
