@@ -26,18 +26,22 @@ def sum_replicated_gradients_(parameters: Sequence[ModelParameter], context: Par
 
 @torch.no_grad()
 def global_grad_norm(
-    parameters: Sequence[ModelParameter], context: ParallelContext, loss_scale: float = 1.0
+    parameters: Sequence[ModelParameter],
+    context: ParallelContext,
+    loss_scale: float = 1.0,
+    loss_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Euclidean norm of the gradients of the whole model: 0-dimensional float64, the same bits on every rank.
 
     One all-reduce over all ranks; a shard counts where it lies, replicas and copies of shared parameters count once.
     Parameters without a gradient count as zero. A gradient that is not finite, on any rank and even where it does not
-    count, gives a norm that is not finite.
+    count, gives a norm that is not finite, and so does a loss: a step is good or bad for all ranks alike.
 
     Args:
         parameters: What this rank holds.
         context: The layout.
         loss_scale: Factor by which the gradients are too large; the norm is that of the gradients without it.
+        loss_sums: The step's losses on this rank, of any shape.
     """
     counted: list[torch.Tensor] = []
     others: list[torch.Tensor] = []
@@ -46,8 +50,10 @@ def global_grad_norm(
             counts = counted_here(p.parameter, context) and not p.is_copy
             (counted if counts else others).append(local_tensor(p.parameter.grad))
     total = _sum_of_squares(counted, context.device)
+    if loss_sums is not None:
+        total += 0.0 * loss_sums.sum()  # zero, or nan when it is not finite
     if context.world_size > 1:
-        total += 0.0 * _sum_of_squares(others, context.device)  # zero, or nan when something is not finite
+        total += 0.0 * _sum_of_squares(others, context.device)
         all_reduce(total)
     return total.sqrt() / loss_scale
 

@@ -194,6 +194,10 @@ def test_the_loss_scale_is_taken_out_while_clipping(max_norm, factor):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_norm_shows_what_is_not_finite(value):
     assert not math.isfinite(global_grad_norm(with_gradients(torch.tensor([1.0, value])), CPU).item())
+    good, losses = with_gradients(torch.tensor([3.0, 4.0])), torch.tensor([1.0, 7.0], dtype=torch.float64)
+    assert global_grad_norm(good, CPU, loss_sums=losses).item() == 5.0
+    losses[1] = value
+    assert not math.isfinite(global_grad_norm(good, CPU, loss_sums=losses).item())
 
 
 def test_small_blocks_share_a_unit():
