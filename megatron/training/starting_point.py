@@ -1,0 +1,391 @@
+"""The checkpoint that a run starts from: which one, what of it is taken, and whether the run fits it.
+
+One rule decides between `--load`, `--ckpt-step`, `--finetune`, `--no-load-optim` and what lies in `--save`: the same
+command again continues where it stopped. These flags say how a run begins, so they no longer apply once `--save` holds
+a checkpoint that was saved under them. (Megatron-LM applies them at every start, which sets a restarted job back.)
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing import (
+    CheckpointError,
+    load_checkpoint,
+    published_checkpoints,
+    read_manifest,
+    verify_checkpoint,
+)
+from megatron.core.dist_checkpointing.format import check_file_sizes
+from megatron.core.errors import UserError
+from megatron.core.optimizer import LearningRateSchedule, Optimizer
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.tokenizers import Tokenizer
+from megatron.training.checkpointing import Progress, training_tensors
+from megatron.training.config import GROUPS, CheckpointConfig, RunConfig
+
+CHANGEABLE_MODEL_FIELDS = ("hidden_dropout", "attention_dropout", "init_method_std")
+# Where the corpus lies, and an upper bound: neither changes what a sample is.
+CHANGEABLE_DATA_FIELDS = ("data_path", "decoder_seq_length")
+SHOWN_STEPS = 5
+
+logger = logging.getLogger(__name__)
+
+
+class Scope(enum.Enum):
+    """What a run takes from the checkpoint it starts from."""
+
+    EVERYTHING = "everything"
+    NO_OPTIMIZER = "weights and progress"
+    WEIGHTS = "weights alone"
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """The checkpoint that a run starts from.
+
+    Attributes:
+        path: Its directory.
+        scope: What is taken from it.
+        manifest: What it records, but for the placement of its tensors.
+        progress: How far the run that starts here has come.
+        remark: Why it is not the checkpoint that the flags alone name, if so.
+        warnings: What the user has to know about other checkpoints.
+    """
+
+    path: Path
+    scope: Scope
+    manifest: dict[str, Any]
+    progress: Progress
+    remark: str
+    warnings: tuple[str, ...]
+
+    def describe(self) -> str:
+        """One line for the user."""
+        remark = f" ({self.remark})" if self.remark else ""
+        if self.scope is Scope.WEIGHTS:
+            return f"starting a new run from the weights of {self.path}{remark}"
+        without = " without the state of its optimizer" if self.scope is Scope.NO_OPTIMIZER else ""
+        return f"continuing from {self.path}{without}{remark}"
+
+
+@dataclass(frozen=True)
+class _Choice:
+    path: Path
+    scope: Scope = Scope.EVERYTHING
+    remark: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def find_starting_point(config: CheckpointConfig, context: ParallelContext) -> StartingPoint | None:
+    """The checkpoint that the run starts from, or None when it starts from scratch.
+
+    The main process chooses and verifies; all processes call it together.
+
+    Raises:
+        UserError: A checkpoint was asked for and none is sound; on every process.
+    """
+    return context.on_main(lambda: _find(config, config.verify_checkpoint))
+
+
+def checkpoint_arguments(config: CheckpointConfig) -> dict[str, Any]:
+    """Field values for `--use-checkpoint-args`: architecture, tokenizer and what a sample is, from the checkpoint.
+
+    Only sizes of files are compared here; the checkpoint is verified when it is loaded.
+
+    Raises:
+        UserError: There is no checkpoint to take them from.
+    """
+    start = _find(config, verify=False)
+    if start is None:
+        raise UserError("--use-checkpoint-args found no checkpoint; give --load, or the flags themselves")
+    saved = start.manifest["config"]
+    values = saved["model"] | saved["tokenizer"] | saved["data"]
+    del values["data_path"]
+    if start.scope is Scope.WEIGHTS:
+        del values["split"]  # belongs to the other data
+    else:
+        values["seed"] = saved["training"]["seed"]
+    return values
+
+
+def _find(config: CheckpointConfig, verify: bool) -> StartingPoint | None:
+    choice = _choose(config, verify)
+    if choice is None:
+        return None
+    manifest = read_manifest(choice.path)
+    del manifest["tensors"], manifest["files"]
+    try:
+        saved = manifest["progress"]
+        progress = Progress(**{"next_sample": saved["consumed_samples"], **saved})
+        groups = [manifest["config"][name] for name in GROUPS]
+        if not all(isinstance(group, dict) for group in (*groups, manifest["tokenizer"], manifest["dataset"])):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{choice.path} is not a checkpoint of a training run; use another one") from None
+    if choice.scope is Scope.WEIGHTS:
+        progress = Progress()
+    elif choice.scope is Scope.NO_OPTIMIZER:
+        progress = replace(progress, loss_scaler={})
+    return StartingPoint(choice.path, choice.scope, manifest, progress, choice.remark, choice.warnings)
+
+
+def _choose(config: CheckpointConfig, verify: bool) -> _Choice | None:
+    save = Path(config.save) if config.save else None
+    load = Path(config.load) if config.load else None
+    if load is not None and save is not None and load.resolve() == save.resolve():
+        load = None
+    if load is None:
+        return _continue_save(save, config, verify)
+    published = published_checkpoints(save) if save is not None else []
+    if published:
+        remark = f"--save holds it; --load {load} was not read"
+        return _Choice(_newest_sound(published, verify), remark=remark)
+    if config.finetune:
+        scope = Scope.WEIGHTS
+    else:
+        scope = Scope.EVERYTHING if config.load_optim else Scope.NO_OPTIMIZER
+    if config.ckpt_step is not None:
+        return _Choice(_at_step(load, config.ckpt_step, verify), scope)
+    published = published_checkpoints(load)
+    if not published:
+        raise UserError(f"--load {load} holds no checkpoint; correct it, or leave it out to start from scratch")
+    return _Choice(_newest_sound(published, verify), scope)
+
+
+def _continue_save(save: Path | None, config: CheckpointConfig, verify: bool) -> _Choice | None:
+    """What there is to continue in `--save` when there is no other `--load`."""
+    if config.finetune:
+        raise UserError("--finetune needs --load, a directory other than --save; give one, or leave it out to continue")
+    if config.ckpt_step is not None:
+        if save is None:
+            raise UserError("--ckpt-step needs --load or --save, the directory of the checkpoint; give one")
+        choice = _go_back(save, config.ckpt_step, verify)
+    else:
+        published = published_checkpoints(save) if save is not None else []
+        if not published:
+            return None
+        choice = _Choice(_newest_sound(published, verify))
+    if config.load_optim or _saved_under(choice.path, "load_optim", False):
+        return choice
+    return replace(choice, scope=Scope.NO_OPTIMIZER)
+
+
+def _go_back(save: Path, step: int, verify: bool) -> _Choice:
+    """The checkpoint of `step` in `--save`, or what a run that went back to it before has saved since."""
+    later = [path for path in published_checkpoints(save) if _step(path) > step]
+    since = [path for path in later if _saved_under(path, "ckpt_step", step)]
+    if since:
+        remark = f"saved since --ckpt-step {step} was obeyed; to go back again, remove {_names(since)}"
+        return _Choice(_newest_sound(since, verify), remark=remark)
+    path = _at_step(save, step, verify)
+    if not later:
+        return _Choice(path)
+    warning = (
+        f"{save} holds {_names(later)}, later than --ckpt-step {step}: each stays until this run saves the same step and "
+        "replaces it, and a run without --ckpt-step continues from the newest"
+    )
+    return _Choice(path, warnings=(warning,))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("iter_").removesuffix(".replaced"))
+
+
+def _names(paths: list[Path]) -> str:
+    names = [path.name for path in sorted(paths)]
+    more = f" and {len(names) - SHOWN_STEPS} more" if len(names) > SHOWN_STEPS else ""
+    return ", ".join(names[:SHOWN_STEPS]) + more
+
+
+def _saved_under(path: Path, flag: str, value: Any) -> bool:
+    """Whether the run that saved `path` had this value of a checkpoint flag."""
+    try:
+        return bool(read_manifest(path)["config"]["checkpoint"][flag] == value)
+    except (CheckpointError, KeyError, TypeError):
+        return False
+
+
+def _newest_sound(candidates: list[Path], verify: bool) -> Path:
+    """The first of `candidates` (the newest first) that is sound; the others are passed over with a warning."""
+    for path in candidates:
+        try:
+            _check(path, verify)
+        except CheckpointError as error:
+            logger.warning("warning: passing over a checkpoint: %s", error)
+        else:
+            return path
+    directory = candidates[0].parent
+    raise UserError(
+        f"no checkpoint in {directory} is sound ({len(candidates)} found); restore one, or use another --save"
+    )
+
+
+def _at_step(directory: Path, step: int, verify: bool) -> Path:
+    """The checkpoint of `step`, which has to be there and sound."""
+    published = published_checkpoints(directory)
+    found = [path for path in published if _step(path) == step]
+    if not found:
+        there = f"only {_names(published)}" if published else "no checkpoint"
+        raise UserError(f"--ckpt-step is {step}, but {directory} holds {there}; choose one that is there")
+    _check(found[0], verify)
+    return found[0]
+
+
+def _check(path: Path, verify: bool) -> None:
+    """Raise `CheckpointError` unless the checkpoint is sound: its sizes, and with `verify` its checksums."""
+    if verify:
+        verify_checkpoint(path)
+    else:
+        check_file_sizes(path, read_manifest(path))
+
+
+def adopt_settings(
+    start: StartingPoint, config: RunConfig, dp_size: int, tokenizer: Tokenizer, vocab_size_given: bool
+) -> None:
+    """Fill what the flags leave open with the checkpoint's values, in place.
+
+    A continued run keeps the global batch size, so that it can go on with fewer or more processes; a new run from its
+    weights keeps the size of the vocabulary.
+
+    Args:
+        start: The checkpoint.
+        config: The run.
+        dp_size: Data-parallel ranks.
+        tokenizer: The tokenizer of the data.
+        vocab_size_given: Leave the size of the vocabulary as it is.
+
+    Raises:
+        UserError: The global batch cannot be divided among `dp_size` ranks, or the vocabulary is too small for the
+            tokenizer.
+    """
+    training = config.training
+    if start.scope is Scope.WEIGHTS:
+        size = start.manifest["config"]["model"]["vocab_size"]
+        if vocab_size_given:
+            return  # compared with the rest of the architecture
+        if size < tokenizer.vocab_size:
+            raise UserError(
+                f"{start.path} has a vocabulary of {size} ids, but the tokenizer of --data-path uses "
+                f"{tokenizer.vocab_size}; use data made with a tokenizer of at most {size} ids"
+            )
+        config.model.vocab_size = size
+        config.check_vocabulary()
+    elif training.global_batch_size is None and "global_batch_size" in start.manifest:
+        size, per_pass = start.manifest["global_batch_size"], training.micro_batch_size * dp_size
+        if size % per_pass:
+            raise UserError(
+                f"{start.path} was trained with a global batch of {size} samples, which is not a multiple of "
+                f"--micro-batch-size {training.micro_batch_size} x {dp_size} data-parallel processes; change it, or "
+                "give --global-batch-size"
+            )
+        training.global_batch_size = size
+
+
+def check_compatible(start: StartingPoint, config: RunConfig, description: dict[str, Any]) -> list[str]:
+    """Refuse a run that is not the checkpoint's; return one line for each difference that is allowed.
+
+    Args:
+        start: The checkpoint.
+        config: The run.
+        description: Of its tokenizer and dataset, see `TrainingData.describe`.
+
+    Raises:
+        UserError: Another architecture; for a run that continues, also another optimizer, tokenizer, dataset, seed or
+            other samples, which could not be trained on exactly once.
+    """
+    path, saved, current = start.path, start.manifest["config"], config.to_dict()
+    fixed = {name: value for name, value in current["model"].items() if name not in CHANGEABLE_MODEL_FIELDS}
+    _refuse(path, "is of another architecture", saved["model"], fixed, "use its flags or another --save")
+    if start.scope is Scope.WEIGHTS:
+        differing = list(_differences(start.manifest["tokenizer"], description["tokenizer"]))
+        return [f"not the tokenizer of the weights: {', '.join(differing)}"] if differing else []
+    if start.scope is Scope.EVERYTHING:
+        ours = {"optimizer": config.optimizer.optimizer}
+        _refuse(path, "was trained with another optimizer", saved["optimizer"], ours, "use it, or --no-load-optim")
+    for name in ("tokenizer", "dataset"):
+        _refuse(
+            path, f"was trained with another {name}", start.manifest[name], description[name],
+            "use the same, another --save, or --finetune",
+        )  # fmt: skip
+    samples = {name: value for name, value in current["data"].items() if name not in CHANGEABLE_DATA_FIELDS}
+    samples["seed"] = config.training.seed
+    _refuse(
+        path, "was trained on other samples", saved["data"] | {"seed": saved["training"]["seed"]}, samples,
+        "use the same, so that none is repeated, or --finetune",
+    )  # fmt: skip
+    # As numbers, schedules are compared by `choose_schedule`.
+    current["optimizer"] = {n: v for n, v in current["optimizer"].items() if not n.startswith(("lr", "min_lr"))}
+    saved["training"]["global_batch_size"] = start.manifest.get("global_batch_size")  # a flag, or what it defaulted to
+    groups = ("model", "compute", "optimizer", "training")
+    differing = [text for group in groups for text in _differences(saved[group], current[group])]
+    return [f"not as in the run that saved it: {', '.join(differing)}"] if differing else []
+
+
+def choose_schedule(
+    start: StartingPoint, schedule: LearningRateSchedule, config: CheckpointConfig
+) -> tuple[LearningRateSchedule, list[str]]:
+    """The schedule to follow, and warnings about it.
+
+    Args:
+        start: The checkpoint.
+        schedule: What the flags ask for.
+        config: Whether the flags or the checkpoint decide where they differ.
+
+    Raises:
+        UserError: A continued run's schedule differs, and no flag decides.
+    """
+    if start.scope is Scope.WEIGHTS:
+        return schedule, []
+    try:
+        saved = LearningRateSchedule(**start.manifest["schedule"])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{start.path} does not record its learning-rate schedule; use another one") from None
+    before, now = saved.describe(), schedule.describe()
+    differing = [
+        f"{name} {before[name]} -> {now[name]}" for name in before if name in now and before[name] != now[name]
+    ]
+    if not differing:
+        return schedule, []
+    difference = f"the learning-rate schedule is not that of {start.path} ({', '.join(differing)})"
+    if config.use_checkpoint_opt_param_scheduler:
+        return saved, [f"{difference}; the checkpoint's is followed"]
+    if config.override_opt_param_scheduler or start.scope is Scope.NO_OPTIMIZER:
+        return schedule, [f"{difference}; the flags are followed"]
+    kept = ""
+    if saved.unit == schedule.unit and saved.lr_decay != schedule.lr_decay:
+        kept = f"--lr-decay-{'iters' if saved.unit == 'iterations' else 'samples'} {saved.lr_decay} keeps its length, "
+    raise UserError(
+        f"{difference}; {kept}--override-opt_param-scheduler follows the flags, --use-checkpoint-opt_param-scheduler the "
+        "checkpoint"
+    )
+
+
+def load_starting_point(start: StartingPoint, optimizer: Optimizer) -> None:
+    """Load the tensors that the run takes into the optimizer's parameters and state; all processes call it together.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or tensors do not fit.
+    """
+    tensors = training_tensors(optimizer)
+    everything = start.scope is Scope.EVERYTHING
+    if not everything:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model/")}
+    load_checkpoint(start.path, tensors, strict=everything)
+    optimizer.refresh_copies()
+
+
+def _refuse(path: Path, problem: str, saved: dict[str, Any], current: dict[str, Any], cure: str) -> None:
+    differing = list(_differences(saved, current))
+    if differing:
+        raise UserError(f"{path} {problem} ({', '.join(differing)}); {cure}")
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
+    """`name saved -> current` for each value of `current` that `saved` has otherwise."""
+    return (f"{name} {saved.get(name)} -> {value}" for name, value in current.items() if saved.get(name) != value)
