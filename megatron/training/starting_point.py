@@ -146,10 +146,8 @@ def _choose(config: CheckpointConfig, verify: bool) -> _Choice | None:
     if published:
         remark = f"--save holds it; --load {load} was not read"
         return _Choice(_newest_sound(published, verify), remark=remark)
-    if config.finetune:
-        scope = Scope.WEIGHTS
-    else:
-        scope = Scope.EVERYTHING if config.load_optim else Scope.NO_OPTIMIZER
+    scope = Scope.EVERYTHING if config.load_optim else Scope.NO_OPTIMIZER
+    scope = Scope.WEIGHTS if config.finetune else scope
     if config.ckpt_step is not None:
         return _Choice(_at_step(load, config.ckpt_step, verify), scope)
     published = published_checkpoints(load)
@@ -187,8 +185,8 @@ def _go_back(save: Path, step: int, verify: bool) -> _Choice:
     if not later:
         return _Choice(path)
     warning = (
-        f"{save} holds {_names(later)}, later than --ckpt-step {step}: each stays until this run saves the same step and "
-        "replaces it, and a run without --ckpt-step continues from the newest"
+        f"{save} holds {_names(later)}, later than --ckpt-step {step}: each stays until this run saves the same step "
+        "and replaces it, and a run without --ckpt-step continues from the newest"
     )
     return _Choice(path, warnings=(warning,))
 
@@ -214,12 +212,10 @@ def _saved_under(path: Path, flag: str, value: Any) -> bool:
 def _newest_sound(candidates: list[Path], verify: bool) -> Path:
     """The first of `candidates` (the newest first) that is sound; the others are passed over with a warning."""
     for path in candidates:
-        try:
-            _check(path, verify)
-        except CheckpointError as error:
-            logger.warning("warning: passing over a checkpoint: %s", error)
-        else:
+        damage = _damage(path, verify)
+        if damage is None:
             return path
+        logger.warning("warning: passing over a checkpoint: %s", damage)
     directory = candidates[0].parent
     raise UserError(
         f"no checkpoint in {directory} is sound ({len(candidates)} found); restore one, or use another --save"
@@ -233,16 +229,22 @@ def _at_step(directory: Path, step: int, verify: bool) -> Path:
     if not found:
         there = f"only {_names(published)}" if published else "no checkpoint"
         raise UserError(f"--ckpt-step is {step}, but {directory} holds {there}; choose one that is there")
-    _check(found[0], verify)
+    damage = _damage(found[0], verify)
+    if damage is not None:
+        raise damage
     return found[0]
 
 
-def _check(path: Path, verify: bool) -> None:
-    """Raise `CheckpointError` unless the checkpoint is sound: its sizes, and with `verify` its checksums."""
-    if verify:
-        verify_checkpoint(path)
-    else:
-        check_file_sizes(path, read_manifest(path))
+def _damage(path: Path, verify: bool) -> CheckpointError | None:
+    """What is wrong with the sizes, and with `verify` the checksums, of a checkpoint; None if it is sound."""
+    try:
+        if verify:
+            verify_checkpoint(path)
+        else:
+            check_file_sizes(path, read_manifest(path))
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def adopt_settings(
@@ -347,9 +349,8 @@ def choose_schedule(
     except (KeyError, TypeError):
         raise CheckpointError(f"{start.path} does not record its learning-rate schedule; use another one") from None
     before, now = saved.describe(), schedule.describe()
-    differing = [
-        f"{name} {before[name]} -> {now[name]}" for name in before if name in now and before[name] != now[name]
-    ]
+    common = [name for name in before if name in now]
+    differing = [f"{name} {before[name]} -> {now[name]}" for name in common if before[name] != now[name]]
     if not differing:
         return schedule, []
     difference = f"the learning-rate schedule is not that of {start.path} ({', '.join(differing)})"
@@ -361,8 +362,8 @@ def choose_schedule(
     if saved.unit == schedule.unit and saved.lr_decay != schedule.lr_decay:
         kept = f"--lr-decay-{'iters' if saved.unit == 'iterations' else 'samples'} {saved.lr_decay} keeps its length, "
     raise UserError(
-        f"{difference}; {kept}--override-opt_param-scheduler follows the flags, --use-checkpoint-opt_param-scheduler the "
-        "checkpoint"
+        f"{difference}; {kept}--override-opt_param-scheduler follows the flags, --use-checkpoint-opt_param-scheduler "
+        "the checkpoint"
     )
 
 
