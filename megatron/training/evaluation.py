@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,12 +38,32 @@ def special_token_mask(special: SpecialTokens, padded_vocab_size: int, device: t
 
 @torch.no_grad()
 def evaluate(
-    model: DistributedModel, loader: T5Loader, num_samples: int, is_special: torch.Tensor, context: ParallelContext
-) -> EvaluationResult:
-    """Evaluate on samples 0 .. `num_samples` of the loader's dataset, each exactly once over all ranks."""
-    model.train_mode(False)
+    model: DistributedModel,
+    loader: T5Loader,
+    num_samples: int,
+    is_special: torch.Tensor,
+    context: ParallelContext,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> EvaluationResult | None:
+    """Evaluate on samples 0 .. `num_samples` of the loader's dataset, each exactly once over all ranks.
+
+    Args:
+        model: The model; in training mode afterwards.
+        loader: Of the dataset to evaluate on.
+        num_samples: How many.
+        is_special: Of `special_token_mask`.
+        context: The layout.
+        interrupted: Asked before each batch, on all ranks together, whether to give up; same answer on all.
+
+    Returns:
+        The losses, or None when it was given up.
+    """
     totals = torch.zeros(4, dtype=torch.float64, device=context.device)
+    model.train_mode(False)
     for batch in loader.evaluation_batches(num_samples, model.evaluation_microbatches):
+        if interrupted():
+            model.train_mode(True)
+            return None
         inputs = batch.to(context.device)
         losses = model.token_losses(inputs)
         if losses is None or not model.counts_loss:

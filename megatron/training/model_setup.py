@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -142,21 +143,28 @@ class DistributedModel:
             key = f"{self.seed}/{step}/{self.context.dp_rank}/{self.context.pp_rank}"
             self.tensor_parallel.seed_dropout(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little"))
 
-    def forward_backward(self, batch: TensorBatch, factor: torch.Tensor) -> torch.Tensor:
+    def forward_backward(
+        self, batch: TensorBatch, factor: torch.Tensor, interrupted: Callable[[], bool] = lambda: False
+    ) -> torch.Tensor | None:
         """Gradients of `factor` x the summed loss of a step, left unreduced on each rank.
 
         Args:
             batch: All microbatches of this data-parallel rank, `[num_microbatches * b, ...]`.
             factor: 0-dimensional; the loss scale over the global number of target tokens.
+            interrupted: Asked between microbatches, on all ranks together, whether to give up; same answer on all. A
+                pipeline, whose microbatches overlap, does not ask.
 
         Returns:
-            Sums of cross-entropy and z-loss, float64 `[2]`; zeros where there is no loss.
+            Sums of cross-entropy and z-loss, float64 `[2]`; zeros where there is no loss. None when it was given up,
+            with whatever gradients there are by then.
         """
         if self.pipeline is not None:
             return self.pipeline.forward_backward(batch._asdict(), factor)
         totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         microbatches = batch.split(self.num_microbatches)
         for number, microbatch in enumerate(microbatches):
+            if number > 0 and interrupted():
+                return None
             self.data_parallel[0].set_gradient_sync(number == len(microbatches) - 1)
             losses = self.stages[0](**microbatch._asdict()).loss
             sums = torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])

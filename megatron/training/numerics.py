@@ -185,12 +185,12 @@ class SpikeDetector:
 
 
 def checked_gradients(
-    forward_backward: Callable[[], Tensor],
+    forward_backward: Callable[[], Tensor | None],
     finish: Callable[[], None],
     parameters: Sequence[ModelParameter],
     context: ParallelContext,
     step: int,
-) -> Tensor:
+) -> Tensor | None:
     """A step's gradients, computed twice and compared bit for bit; all ranks call it together.
 
     What each rank computed is compared before the sums over ranks, so that a fault is named where it arose, and again
@@ -200,19 +200,22 @@ def checked_gradients(
 
     Args:
         forward_backward: Computes the gradients on this rank, dropout included, from nothing but its arguments;
-            returns the sums of the losses on this rank. There are no gradients yet when it is called.
+            returns the sums of the losses on this rank, or None when all ranks gave it up. There are
+            no gradients yet when it is called.
         finish: Sums the gradients over the ranks.
         parameters: What this rank holds.
         context: The layout.
         step: Number of the step, for the message.
 
     Returns:
-        What `forward_backward` returned; the parameters have their gradients, as after `finish`.
+        What `forward_backward` returned; unless that is None, the parameters have their gradients, as after `finish`.
 
     Raises:
         NumericalError: Any tensor on any rank differs; on all ranks.
     """
     (sums, first), (second_sums, second) = [(forward_backward(), _take_gradients(parameters)) for _ in range(2)]
+    if sums is None or second_sums is None:
+        return None
     before = _differences([("loss", sums, second_sums), *_named(parameters, first, second)])
     _set_gradients(parameters, first)
     finish()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +12,23 @@ import torch
 from megatron.core.parallel_state import ParallelContext
 
 
+@dataclass(frozen=True)
+class StepLoss:
+    """One step.
+
+    Attributes:
+        iteration: Its number.
+        loss: Mean cross-entropy over all ranks.
+        sample_ranges: Ids of its samples, as inclusive ranges.
+    """
+
+    iteration: int
+    loss: float
+    sample_ranges: list[tuple[int, int]]
+
+
 class StepWindow:
-    """Sums over the steps since the last report."""
+    """The steps since the last report. Their losses stay on the device until then."""
 
     def __init__(self, device: torch.device, counts: bool) -> None:
         self.device = device
@@ -22,39 +39,63 @@ class StepWindow:
 
     def restart(self) -> None:
         """Begin a new window now."""
-        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # cross-entropy, z-loss, targets
+        self._steps: list[tuple[int, list[tuple[int, int]]]] = []
+        self._totals: list[torch.Tensor] = []  # of each step: cross-entropy, z-loss, targets
         self.data_wait_s = 0.0
-        self.steps = 0
         self.start = time.perf_counter()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there has been no step."""
+        return not self._steps
 
     def leave_out(self, seconds: float) -> None:
         """Leave `seconds` of evaluation or saving out of the step time."""
         self.start += seconds
 
-    def begin_step(self, num_targets: torch.Tensor) -> None:
-        """Count a step and this rank's target tokens in it; stays on the device."""
-        self.steps += 1
-        if self.counts:
-            self.totals[2] += num_targets
+    def add_step(
+        self, iteration: int, sample_ranges: list[tuple[int, int]], num_targets: torch.Tensor, sums: torch.Tensor
+    ) -> None:
+        """Add a step.
 
-    def add_losses(self, sums: torch.Tensor) -> None:
-        """Add a step's sums of cross-entropy and z-loss, `[2]`; stays on the device."""
+        Args:
+            iteration: Its number.
+            sample_ranges: Ids of its samples, as inclusive ranges.
+            num_targets: Target tokens on this rank, 0-dimensional.
+            sums: Its sums of cross-entropy and z-loss on this rank, `[2]`.
+        """
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         if self.counts:
-            self.totals[:2] += sums
+            totals[:2], totals[2] = sums, num_targets
+        self._steps.append((iteration, sample_ranges))
+        self._totals.append(totals)
 
-    def row(self, context: ParallelContext) -> dict[str, Any]:
-        """Means over the window (gradient norm and rate: of its last step) and all ranks; begins the next window."""
+    def row(self, context: ParallelContext) -> tuple[dict[str, Any], list[StepLoss]]:
+        """What is reported, and the steps one by one; begins the next window. All ranks call it together.
+
+        Losses are means over the window, without steps that are not finite, and over all ranks; gradient norm and rate
+        are those of its last step.
+        """
+        totals = torch.stack(self._totals)  # [steps, 3]
         if context.world_size > 1:
-            torch.distributed.all_reduce(self.totals)
-        cross_entropy, z_loss, targets = self.totals.tolist()
+            torch.distributed.all_reduce(totals)
         elapsed_ms = (time.perf_counter() - self.start) * 1e3
+        by_step = totals.tolist()
+        finite = [sums for sums in by_step if all(map(math.isfinite, sums))]
+        cross_entropy, z_loss, targets = (
+            (sum(column) for column in zip(*finite, strict=True)) if finite else [math.nan] * 3
+        )
         values = {
             "lm_loss": cross_entropy / targets,
             "z_loss": z_loss / targets,
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
-            "step_time_ms": elapsed_ms / self.steps,
-            "data_wait_ms": self.data_wait_s * 1e3 / self.steps,
+            "step_time_ms": elapsed_ms / len(by_step),
+            "data_wait_ms": self.data_wait_s * 1e3 / len(by_step),
         }
+        losses = [
+            StepLoss(iteration, sums[0] / sums[2], ranges)
+            for (iteration, ranges), sums in zip(self._steps, by_step, strict=True)
+        ]
         self.restart()
-        return values
+        return values, losses

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.core.datasets.loader import T5Loader
+from megatron.core.datasets.loader import T5Loader, TensorBatch
+from megatron.core.datasets.sample_ranges import SampleRanges
 from megatron.core.datasets.t5_dataset import SpanCorruptionDataset
+from megatron.core.dist_checkpointing import CheckpointError, CheckpointSaver
 from megatron.core.distributed import clip_gradients_, global_grad_norm
-from megatron.core.errors import UserError
+from megatron.core.errors import NumericalError, SaveError, UserError
 from megatron.core.models.T5.t5_flops import training_flops_per_sequence
 from megatron.core.optimizer import LearningRateSchedule, LossScaler, build_optimizer
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.checkpointing import (
     Progress,
-    checkpoint_to_resume,
     mark_finished,
-    resume,
-    save_training_checkpoint,
+    training_manifest,
     training_tensors,
     unmark_finished,
 )
@@ -33,7 +34,18 @@ from megatron.training.evaluation import evaluate, special_token_mask
 from megatron.training.initialize import parallel_context
 from megatron.training.metrics import Sink, build_sinks, device_peak_tflops, peak_memory_gib
 from megatron.training.model_setup import DistributedModel, plan_stages
+from megatron.training.numerics import SkipCounter, SpikeDetector, checked_gradients, describe_nonfinite
+from megatron.training.starting_point import (
+    Scope,
+    StartingPoint,
+    adopt_settings,
+    check_compatible,
+    choose_schedule,
+    find_starting_point,
+    load_starting_point,
+)
 from megatron.training.step_window import StepWindow
+from megatron.training.stopping import Stop, StopControl
 
 
 def run_length(config: RunConfig, progress: Progress, global_batch_size: int, windows_per_epoch: int) -> int:
@@ -51,15 +63,28 @@ def run_length(config: RunConfig, progress: Progress, global_batch_size: int, wi
 class Trainer:
     """State and steps of one run."""
 
-    def __init__(self, config: RunConfig, data: TrainingData, context: ParallelContext) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: TrainingData,
+        context: ParallelContext,
+        stop: StopControl | None = None,
+        start: StartingPoint | None = None,
+    ) -> None:
         self.config, self.data, self.context = config, data, context
+        self.stop = stop or StopControl(context, config.training)
+        self.starting_point = start
         self.description = data.describe()
         check_equal_on_all_ranks(context, {"config": config.to_dict(), **self.description})
         training = config.training
         self.num_microbatches = training.num_microbatches(context.dp_size)
         self.global_batch_size = training.micro_batch_size * context.dp_size * self.num_microbatches
-        self.progress = Progress()
-        self._plan()  # mistakes in the schedule show before the model is made
+        self.progress = Progress() if start is None else start.progress
+        self.skips = SkipCounter(training.max_consecutive_skips, self.progress.consecutive_skips)
+        self.spikes = SpikeDetector(training.loss_spike_threshold, self.progress.recent_losses)
+        # Mistakes that need no model show before there is one.
+        self.warnings = [] if start is None else check_compatible(start, config, self.description)
+        self._plan()
         lengths = data.train.encoder_length, data.train.decoder_length
         plan = plan_stages(config, context, *lengths, self.num_microbatches)
         self.model = DistributedModel(config, context, plan, self.num_microbatches)
@@ -67,11 +92,19 @@ class Trainer:
         synchronize = None if self.model.shared is None else self.model.shared.synchronize
         self.optimizer = build_optimizer(config.optimizer, self.parameters, context, synchronize)
         self.loss_scaler = LossScaler(config.optimizer, enabled=config.compute.fp16)
-        self.train_loader = self._loader(data.train)
+        self.train_loader = self._loader(data.train, SampleRanges.parse(training.skip_samples))
         self.flops_per_sample = training_flops_per_sequence(config.model, *lengths)
         self.peak_tflops = device_peak_tflops(context.device, config.logging)
         self.sinks: list[Sink] = []
         self.window = StepWindow(context.device, counts=self.model.counts_loss)
+        self.saved_iteration = self.progress.iteration  # nothing is new yet
+        self.save_failure: CheckpointError | None = None  # of the last save
+        self.saver: CheckpointSaver | None = None
+        checkpoint = config.checkpoint
+        if checkpoint.save is not None:
+            self.saver = CheckpointSaver(
+                Path(checkpoint.save), context, checkpoint.async_save, checkpoint.keep_last, checkpoint.keep_every
+            )
 
     def _plan(self) -> None:
         """Length of the run and its schedule, from the progress so far."""
@@ -84,50 +117,79 @@ class Trainer:
             total=train_samples or self.total_iterations,
             unit="iterations" if train_samples is None else "samples",
         )
+        if self.starting_point is not None:
+            self.schedule, warnings = choose_schedule(self.starting_point, self.schedule, self.config.checkpoint)
+            self.warnings += warnings
 
-    def _loader(self, dataset: SpanCorruptionDataset) -> T5Loader:
+    def _loader(self, dataset: SpanCorruptionDataset, skipped: SampleRanges | None = None) -> T5Loader:
         return T5Loader(
             dataset,
             micro_batch_size=self.config.training.micro_batch_size,
             num_microbatches=self.num_microbatches,
             dp_rank=self.context.dp_rank,
             dp_size=self.context.dp_size,
+            skipped=skipped,
         )
 
-    def train_step(self) -> None:
-        """One optimizer step on the next global batch."""
+    def train_step(self) -> bool:
+        """One optimizer step on the next global batch; False when it was given up, with nothing changed."""
         start = time.perf_counter()
-        batch = self.train_loader.step_batch(self.progress.consumed_samples).to(self.context.device)
+        first_sample = self.progress.next_sample
+        batch = self.train_loader.step_batch(first_sample).to(self.context.device)
         self.window.data_wait_s += time.perf_counter() - start
         num_targets = (batch.labels >= 0).sum()
-        self.window.begin_step(num_targets)
+        over_ranks = num_targets.clone()
         if self.context.dp_group is not None:
-            torch.distributed.all_reduce(num_targets, group=self.context.dp_group)
-        self.model.seed_dropout(self.progress.iteration)
-        self.window.add_losses(self.model.forward_backward(batch, self.loss_scaler.scale / num_targets))
-        self.model.finish_gradients()
-        self._update()
+            torch.distributed.all_reduce(over_ranks, group=self.context.dp_group)
+        sums = self._gradients(batch, self.loss_scaler.scale / over_ranks)
+        if sums is None:
+            self.optimizer.zero_grad()
+            return False
+        ranges = self.train_loader.sample_ranges(first_sample)
+        self.window.add_step(self.progress.iteration + 1, ranges, num_targets, sums)
+        self._update(sums)
+        return True
 
-    def _update(self) -> None:
-        """Clip, step and advance. A step whose gradient is not finite changes nothing but the counts."""
-        scale = self.loss_scaler.scale
-        norm = global_grad_norm(self.parameters, self.context, scale)
+    def _gradients(self, batch: TensorBatch, factor: torch.Tensor) -> torch.Tensor | None:
+        """Compute a step's gradients; returns its loss sums on this rank, or None when it was given up."""
+        model, step, interval = self.model, self.progress.iteration + 1, self.config.training.check_determinism_interval
+
+        def forward_backward() -> torch.Tensor | None:
+            model.seed_dropout(self.progress.iteration)
+            return model.forward_backward(batch, factor, lambda: self.stop.poll() == Stop.AT_ONCE)
+
+        if interval is not None and step % interval == 0:
+            return checked_gradients(forward_backward, model.finish_gradients, self.parameters, self.context, step)
+        sums = forward_backward()
+        if sums is not None:
+            model.finish_gradients()
+        return sums
+
+    def _update(self, loss_sums: torch.Tensor) -> None:
+        """Clip, step and advance. A step whose loss or gradient is not finite changes nothing but the counts."""
+        scale, progress = self.loss_scaler.scale, self.progress
+        norm = global_grad_norm(self.parameters, self.context, scale, loss_sums)
         self.window.grad_norm = norm.item()
         self.window.learning_rate = self.schedule(self._schedule_position())
-        finite = math.isfinite(self.window.grad_norm)
+        finite, fault = math.isfinite(self.window.grad_norm), ""
         if finite:
             clip_gradients_(self.parameters, norm, self.config.optimizer.clip_grad, scale)
             self.optimizer.step(self.window.learning_rate)
+            self.skips.made()
         else:
-            self.progress.skipped_iterations += 1
-            scaled = f" (loss scale {scale:g})" if self.config.compute.fp16 else ""
-            step = self.progress.iteration + 1
-            warn(f"step {step}: gradient norm is {norm.item()}{scaled}, step skipped", self.context.is_main)
+            fault = describe_nonfinite(self.parameters, loss_sums, self.context)
         self.loss_scaler.update(found_nonfinite=not finite)
         self.optimizer.zero_grad()
-        self.progress.iteration += 1
-        self.progress.consumed_samples += self.global_batch_size
-        self.progress.consumed_tokens += self.global_batch_size * self.data.train.tokens_per_sample
+        progress.iteration += 1
+        progress.next_sample = self.train_loader.next_sample(progress.next_sample)
+        progress.consumed_samples += self.global_batch_size
+        progress.consumed_tokens += self.global_batch_size * self.data.train.tokens_per_sample
+        if not finite:
+            scaled = f" (loss scale {scale:g})" if self.config.compute.fp16 else ""
+            warn(f"step {progress.iteration} skipped{scaled}: not finite: {fault}", self.context.is_main)
+            progress.skipped_iterations += 1
+            self.skips.skipped(progress.iteration, fault)
+        progress.consecutive_skips = self.skips.consecutive
 
     def _schedule_position(self) -> int:
         """The schedule's argument for the step being made: its number, or the samples consumed by its end."""
@@ -135,36 +197,76 @@ class Trainer:
             return self.progress.iteration + 1
         return self.progress.consumed_samples + self.global_batch_size
 
-    def train(self) -> None:
-        """Run to the end, reporting, evaluating and saving on the way."""
-        training, checkpoint = self.config.training, self.config.checkpoint
-        self.window.restart()
-        if self.progress.iteration >= self.total_iterations:
-            say(f"nothing left to do: {self.progress.iteration} steps are done", self.context.is_main)
-            self._mark_finished()  # again: the run may have been killed between its last checkpoint and the marker
-            return
-        while self.progress.iteration < self.total_iterations:
-            self.train_step()
-            step, last = self.progress.iteration, self.progress.iteration == self.total_iterations
-            saving = checkpoint.save is not None and (step % checkpoint.save_interval == 0 or last)
-            # A report before each checkpoint, so that the means of a continued run cover the same steps.
-            if step % self.config.logging.log_interval == 0 or saving or last:
-                self.report()
-            if step % training.eval_interval == 0 or last:
-                self.evaluate("validation", self.data.valid)
-            if last:
-                self.evaluate("test", self.data.test)  # before the last checkpoint, so that a kill does not lose it
-            if saving:
-                self.save()
-        self._mark_finished()
+    def train(self) -> int:
+        """Run to the end, or to where it is to stop, reporting, evaluating and saving on the way.
 
-    def _mark_finished(self) -> None:
-        if self.config.checkpoint.save and self.context.is_main:
-            mark_finished(self.config.checkpoint.save, self.progress)
+        Returns:
+            The exit status: 0, or 128 + n when signal n ended a run that saves nothing.
+
+        Raises:
+            NumericalError: Too many steps in a row were not finite, or one did not repeat.
+            SaveError: A checkpoint could not be saved.
+        """
+        self.window.restart()
+        if self.progress.pending_evaluations:
+            self._evaluate(self.progress.pending_evaluations)
+            self.save()
+        elif self.progress.iteration >= self.total_iterations:
+            say(f"nothing left to do: {self.progress.iteration} steps are done", self.context.is_main)
+        try:
+            while self.progress.iteration < self.total_iterations and not self.stop.poll():
+                if self.train_step():
+                    self._after_step()
+        except NumericalError:
+            if not self.window.is_empty:
+                self.report()  # the rows that show how it came to this
+            raise
+        return self._leave()
+
+    def _after_step(self) -> None:
+        """Report, evaluate and save when it is time to."""
+        training, checkpoint = self.config.training, self.config.checkpoint
+        step, last = self.progress.iteration, self.progress.iteration == self.total_iterations
+        saving = checkpoint.save is not None and (step % checkpoint.save_interval == 0 or last)
+        # A report before each checkpoint, so that the means of a continued run cover the same steps.
+        if step % self.config.logging.log_interval == 0 or saving or last:
+            self.report()
+        # Before the last checkpoint, so that a kill does not lose them.
+        if step % training.eval_interval == 0 or last:
+            self._evaluate(["validation", "test"] if last else ["validation"])
+        if saving:
+            self.save()
+        if training.exit_interval is not None and step % training.exit_interval == 0:
+            self.stop.request(f"--exit-interval {training.exit_interval}")
+        self._note_saves()
+
+    def _leave(self) -> int:
+        """Save what is not saved and end the run here."""
+        progress, save = self.progress, self.config.checkpoint.save
+        if self.saver is not None:
+            self.saver.wait()
+        self._note_saves()  # from here on, all ranks know of the same failures
+        if not self.window.is_empty:
+            self.report()
+        tries = self.save_failure is None or self.config.checkpoint.on_save_error == "continue"
+        if self.saver is not None and tries and progress.iteration != self.saved_iteration:
+            self.save()
+            self.saver.wait()
+            self._note_saves()
+        if self.save_failure is not None:
+            raise SaveError(f"{self.save_failure}; the run stopped after step {progress.iteration}")
+        if progress.iteration >= self.total_iterations and not progress.pending_evaluations:
+            if save and self.context.is_main:
+                mark_finished(save, progress)
+            return 0
+        how = "the same command continues" if save else "nothing was saved: --save was not given"
+        say(f"stopped after step {progress.iteration}: {self.stop.reason}; {how}", self.context.is_main)
+        return 0 if save or self.stop.signal_number is None else 128 + self.stop.signal_number
 
     def report(self) -> None:
         """Write one row about the steps since the last report."""
-        row = self.window.row(self.context) | {
+        values, steps = self.window.row(self.context)
+        row = values | {
             "iteration": self.progress.iteration,
             "consumed_samples": self.progress.consumed_samples,
             "consumed_tokens": self.progress.consumed_tokens,
@@ -179,17 +281,34 @@ class Trainer:
         row["tflops_per_s"] = per_device
         row["mfu"] = None if self.peak_tflops is None else per_device / self.peak_tflops
         self._write(row)
+        for step in steps:
+            if spike := self.spikes.check(step.iteration, step.loss, step.sample_ranges):
+                self._write(spike.row())
+                warn(str(spike), self.context.is_main)
+        self.progress.recent_losses = self.spikes.losses
         eta_s = (self.total_iterations - self.progress.iteration) / steps_per_s
         say(progress_line(row, self.total_iterations, eta_s), self.context.is_main)
 
-    def evaluate(self, name: str, dataset: SpanCorruptionDataset | None) -> None:
-        """Write one row with the losses on a held-out split, if it has any samples."""
+    def _evaluate(self, names: Sequence[str]) -> None:
+        """Evaluate on these splits; the progress remembers those that a wish to stop left out."""
+        splits = {"validation": self.data.valid, "test": self.data.test}
+        self.progress.pending_evaluations = [name for name in names if not self.evaluate(name, splits[name])]
+
+    def evaluate(self, name: str, dataset: SpanCorruptionDataset | None) -> bool:
+        """Write one row with the losses on a held-out split, if it has any samples; False when it was given up."""
         if dataset is None or self.config.training.eval_iters == 0:
-            return
+            return True
         start = time.perf_counter()
         num_samples = min(self.config.training.eval_iters * self.global_batch_size, dataset.windows_per_epoch)
         is_special = special_token_mask(self.data.special, self.config.model.padded_vocab_size, self.context.device)
-        result = evaluate(self.model, self._loader(dataset), num_samples, is_special, self.context)
+        loader, interrupted = self._loader(dataset), lambda: self.stop.poll() != Stop.NO
+        result = evaluate(self.model, loader, num_samples, is_special, self.context, interrupted)
+        if result is None:
+            say(
+                f"{name} at step {self.progress.iteration} given up: it comes when the run goes on",
+                self.context.is_main,
+            )
+            return False
         self._write(
             {
                 "iteration": self.progress.iteration,
@@ -204,47 +323,67 @@ class Trainer:
             self.context.is_main,
         )
         self.window.leave_out(took)
+        return True
 
     def save(self) -> None:
-        """Save a checkpoint."""
+        """Save a checkpoint, if the run saves any; with `--async-save`, begin to."""
+        if self.saver is None:
+            return
         start = time.perf_counter()
         if self.model.shared is not None:
             self.model.shared.check_equal()
         self.progress.loss_scaler = self.loss_scaler.state
         tensors = training_tensors(self.optimizer, owned_only=True)
-        path = save_training_checkpoint(self.config, self.progress, tensors, self.description, self.context)
-        took = time.perf_counter() - start
-        self._write({"iteration": self.progress.iteration, "checkpoint_pause_ms": took * 1e3})
-        say(f"saved {path} in {took:.1f} s", self.context.is_main)
-        self.window.leave_out(took)
+        manifest = training_manifest(
+            self.config, self.progress, self.schedule, self.global_batch_size, self.description
+        )
+        self.saver.save(self.progress.iteration, tensors, manifest)
+        self.saved_iteration = self.progress.iteration
+        self._note_saves()
+        self.window.leave_out(time.perf_counter() - start)
+
+    def _note_saves(self) -> None:
+        """Report the saves that have ended; after one that failed, ask to stop unless told otherwise."""
+        for outcome in self.saver.outcomes() if self.saver is not None else ():
+            self._write(
+                {
+                    "iteration": outcome.iteration,
+                    "checkpoint_pause_ms": outcome.pause_seconds * 1e3,
+                    "checkpoint_time_ms": outcome.seconds * 1e3,
+                    "checkpoint_failed": outcome.error is not None,
+                }
+            )
+            self.save_failure = outcome.error
+            if outcome.error is None:
+                paused = f", a pause of {outcome.pause_seconds:.1f} s" if self.config.checkpoint.async_save else ""
+                say(f"saved {outcome.path} in {outcome.seconds:.1f} s{paused}", self.context.is_main)
+            elif self.config.checkpoint.on_save_error == "stop":
+                self.stop.request(f"checkpoint of step {outcome.iteration} could not be saved")
+            else:
+                warn(f"{outcome.error}; training goes on without this checkpoint", self.context.is_main)
 
     def _write(self, row: dict[str, Any]) -> None:
         for sink in self.sinks:
             sink.write(row)
 
     def start(self) -> None:
-        """Continue from a checkpoint if there is one, and open the reports."""
-        path = self.context.on_main(lambda: checkpoint_to_resume(self.config.checkpoint))
-        if path is not None:
-            self._resume(path)
+        """Load the checkpoint that the run starts from, if there is one, and open the reports."""
+        if self.starting_point is not None:
+            self._load(self.starting_point)
         self.context.on_main(self._open_outputs)
 
-    def _resume(self, path: Path) -> None:
-        load = self.config.checkpoint.load
-        beside = f" (--save holds it; --load {load} was not read)" if load and path.parent != Path(load) else ""
-        say(f"continuing from {path}{beside}", self.context.is_main)
-        self.progress, changed = resume(path, training_tensors(self.optimizer), self.config, self.description)
-        self.optimizer.refresh_copies()
+    def _load(self, start: StartingPoint) -> None:
+        say(start.describe(), self.context.is_main)
+        for warning in (*start.warnings, *self.warnings):
+            warn(warning, self.context.is_main)
+        load_starting_point(start, self.optimizer)
         self.loss_scaler.load_state(self.progress.loss_scaler)
-        if changed:
-            warn(f"not as in the run that saved it: {', '.join(changed)}", self.context.is_main)
         if self.progress.consumed_samples != self.progress.iteration * self.global_batch_size:
             warn(
                 f"the global batch size is {self.global_batch_size}, but {self.progress.iteration} steps took "
                 f"{self.progress.consumed_samples} samples so far",
                 self.context.is_main,
             )
-        self._plan()
 
     def _open_outputs(self) -> None:
         """The save directory with its tokenizer, and the reports."""
@@ -278,34 +417,48 @@ class Trainer:
         return f" ({layout})" if layout else ""
 
     def close(self) -> None:
-        """Flush the reports."""
+        """Wait for a checkpoint that is being written, and flush the reports."""
+        if self.saver is not None:
+            self.saver.close()
         for sink in self.sinks:
             sink.close()
 
 
-def pretrain(config: RunConfig, vocab_size_given: bool = False) -> None:
+def pretrain(config: RunConfig, vocab_size_given: bool = False) -> int:
     """Train as configured, in this process or in the process group that torchrun describes.
 
     Args:
         config: The run.
         vocab_size_given: Keep the configured vocabulary size instead of taking the tokenizer's.
+
+    Returns:
+        The exit status: 0 when the run is done, or saved and stopped.
     """
     with parallel_context(config.parallel) as context:
-        pretrain_in(context, config, vocab_size_given)
+        return pretrain_in(context, config, vocab_size_given)
 
 
-def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: bool = False) -> None:
+def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: bool = False) -> int:
     """`pretrain` in a context that exists already."""
     start = time.perf_counter()
-    data = open_data(config)
-    fit_vocabulary(config, data.tokenizer, vocab_size_given)
-    for warning in data.warnings:
-        warn(warning, context.is_main)
-    trainer = Trainer(config, data, context)
-    trainer.start()
-    say(trainer.describe(), context.is_main)
-    if trainer.model.plan is not None:
-        say(trainer.model.plan.describe(), context.is_main)
-    trainer.train()
-    trainer.close()
-    say(f"done in {format_duration(time.perf_counter() - start)}", context.is_main)
+    with StopControl(context, config.training) as stop:
+        checkpoint = find_starting_point(config.checkpoint, context)
+        data = open_data(config)
+        if checkpoint is not None:
+            adopt_settings(checkpoint, config, context.dp_size, data.tokenizer, vocab_size_given)
+        takes_weights = checkpoint is not None and checkpoint.scope is Scope.WEIGHTS
+        fit_vocabulary(config, data.tokenizer, given=vocab_size_given or takes_weights)
+        for warning in data.warnings:
+            warn(warning, context.is_main)
+        trainer = Trainer(config, data, context, stop, checkpoint)
+        try:
+            trainer.start()
+            say(trainer.describe(), context.is_main)
+            if trainer.model.plan is not None:
+                say(trainer.model.plan.describe(), context.is_main)
+            status = trainer.train()
+        finally:
+            trainer.close()
+        if status == 0 and not stop.reason:
+            say(f"done in {format_duration(time.perf_counter() - start)}", context.is_main)
+    return status
