@@ -18,7 +18,7 @@ def main() -> None:
     for warning in arguments.warnings:
         warn(warning, is_main)
 
-    vocab_size_given = arguments.sources["vocab_size"] in ("flag", "config file")
+    vocab_size_given = arguments.sources["vocab_size"] in ("flag", "config file", "checkpoint")
     if arguments.dry_run.dry_run:
         from megatron.training.dry_run import dry_run
 

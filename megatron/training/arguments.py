@@ -1,8 +1,9 @@
 """Command-line flags, generated from the configuration dataclasses.
 
-Values come, in rising precedence, from the defaults, a `--preset`, a `--config` file and the flags; where each came
-from is remembered for `--print-config`. Exit codes: 1 for a value that cannot work, 2 for a flag that does not exist.
-Nothing here imports torch, so that `--help` and mistakes are answered quickly.
+Values come, in rising precedence, from the defaults, a `--preset`, a checkpoint (`--use-checkpoint-args`), a `--config`
+file and the flags; where each came from is remembered for `--print-config`. Exit codes: 1 for a value that cannot work,
+2 for a flag that does not exist. Nothing here imports torch before a checkpoint is to be read, so that `--help` and
+mistakes are answered quickly.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import yaml
 from megatron.core.config import flag_name
 from megatron.core.errors import CommunicationError, RunError, UserError
 from megatron.core.models.T5.t5_presets import PRESETS
-from megatron.training.config import FLAG_GROUPS, GROUPS, DryRunConfig, RunConfig
+from megatron.training.config import FLAG_GROUPS, GROUPS, CheckpointConfig, DryRunConfig, RunConfig
 from megatron.training.megatron_flags import MEGATRON_FLAGS, MEGATRON_VALUES, NoEffect, Refused, Translated
 
 EXIT_USER_ERROR = 1
@@ -74,7 +75,7 @@ class ParsedArguments:
     Attributes:
         config: The run's configuration.
         dry_run: Whether and how to look at the run only.
-        sources: Where each field's value came from: `flag`, `config file`, `preset` or `default`.
+        sources: Where each field's value came from: `flag`, `config file`, `checkpoint`, `preset` or `default`.
         warnings: One line for each flag that has no effect.
     """
 
@@ -352,6 +353,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> Parsed
     flags = {name: _convert(by_name[name], value, flag_name(name)) for name, value in given.items()}
     layers: dict[str, dict[str, Any]] = {
         "preset": dict(PRESETS[preset]) if preset else {},
+        "checkpoint": _checkpoint_values(from_file | flags, by_name),
         "config file": from_file,
         "flag": translated | flags,
     }
@@ -361,6 +363,17 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> Parsed
         print(format_config(config, sources))
         parser.exit(0)
     return ParsedArguments(config, dry_run, sources, warnings)
+
+
+def _checkpoint_values(given: dict[str, Any], by_name: dict[str, Option]) -> dict[str, Any]:
+    """What `--use-checkpoint-args` takes from the checkpoint that the `given` values name; else nothing."""
+    if not given.get("use_checkpoint_args"):
+        return {}
+    from megatron.training.starting_point import checkpoint_arguments  # imports torch
+
+    names = {option.name for option in by_name.values() if option.group == "checkpoint"}
+    path, values = checkpoint_arguments(CheckpointConfig(**{n: v for n, v in given.items() if n in names}))
+    return {n: _convert(by_name[n], v, f"{path}: {flag_name(n)}") for n, v in values.items() if n in by_name}
 
 
 def _assemble(layers: dict[str, dict[str, Any]], by_name: dict[str, Option]) -> tuple[RunConfig, dict[str, str]]:

@@ -93,10 +93,13 @@ def find_starting_point(config: CheckpointConfig, context: ParallelContext) -> S
     return context.on_main(lambda: _find(config, config.verify_checkpoint))
 
 
-def checkpoint_arguments(config: CheckpointConfig) -> dict[str, Any]:
+def checkpoint_arguments(config: CheckpointConfig) -> tuple[Path, dict[str, Any]]:
     """Field values for `--use-checkpoint-args`: architecture, tokenizer and what a sample is, from the checkpoint.
 
     Only sizes of files are compared here; the checkpoint is verified when it is loaded.
+
+    Returns:
+        The checkpoint, and the values by field.
 
     Raises:
         UserError: There is no checkpoint to take them from.
@@ -105,13 +108,12 @@ def checkpoint_arguments(config: CheckpointConfig) -> dict[str, Any]:
     if start is None:
         raise UserError("--use-checkpoint-args found no checkpoint; give --load, or the flags themselves")
     saved = start.manifest["config"]
-    values = saved["model"] | saved["tokenizer"] | saved["data"]
-    del values["data_path"]
-    if start.scope is Scope.WEIGHTS:
-        del values["split"]  # belongs to the other data
-    else:
-        values["seed"] = saved["training"]["seed"]
-    return values
+    values = saved["model"] | saved["tokenizer"] | saved["data"] | {"seed": saved["training"].get("seed")}
+    values.pop("data_path", None)
+    if start.scope is Scope.WEIGHTS:  # a new run, on data of its own
+        values.pop("split", None)
+        values.pop("seed")
+    return start.path, values
 
 
 def _find(config: CheckpointConfig, verify: bool) -> StartingPoint | None:
@@ -318,7 +320,7 @@ def check_compatible(start: StartingPoint, config: RunConfig, description: dict[
     samples = {name: value for name, value in current["data"].items() if name not in CHANGEABLE_DATA_FIELDS}
     samples["seed"] = config.training.seed
     _refuse(
-        path, "was trained on other samples", saved["data"] | {"seed": saved["training"]["seed"]}, samples,
+        path, "was trained on other samples", saved["data"] | {"seed": saved["training"].get("seed")}, samples,
         "use the same, so that none is repeated, or --finetune",
     )  # fmt: skip
     # As numbers, schedules are compared by `choose_schedule`.
