@@ -13,6 +13,10 @@
 #                parallelism inside nodes
 #
 # --save must be a directory that all nodes share, --data-path must lead to the same data on all of them.
+#
+# Ctrl-C or SIGTERM on one node or all of them saves and stops the run, within TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds
+# (torch 2.11: 30); a second one gives up the step under way and saves the state before it. A finished run leaves a file
+# `finished` in --save. The launcher of a node that got no signal itself may take 5 minutes longer to end.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
@@ -38,6 +42,7 @@ whole_number MASTER_PORT 1
 [[ -n ${MASTER_ADDR:-} ]] || fail "MASTER_ADDR is not set; give the name or address of node 0"
 (($# > 0)) || fail "no flags given; name at least a model (--preset) and a dataset (--data-path)"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
 exec torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE" \
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$ROOT/pretrain_t5.py" "$@"
