@@ -1,8 +1,11 @@
 """The launch scripts of `examples/t5`; stand-ins for `torchrun`, `srun` and `scontrol` record their arguments."""
 
 import os
+import shlex
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -120,10 +123,16 @@ def test_multinode_refuses(machine: Machine, change: dict[str, str], message: st
 
 JOB = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NUM_NODES": "16", "SLURM_JOB_NODELIST": "gpu[1-16]", "DATA_PATH": "/data/c"}
 SCONTROL = """#!/usr/bin/env bash
-[ "$1" = show ] && { echo gpu1; echo gpu2; exit; }
+[ "$1" = show ] && { echo "${FIRST_HOST:-gpu1}"; echo gpu2; exit; }
 printf '%s\\n' scontrol "$@" >> "$RECORD"
 echo "--" >> "$RECORD"
 """
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def slurm(machine: Machine, step: str) -> None:
@@ -170,6 +179,50 @@ def test_slurm_stops_and_requeues_before_the_time_limit(machine: Machine, tmp_pa
     assert process.wait(timeout=20) == 0
     assert (tmp_path / "last").read_text() == "stopped\n", "the step is waited for"
     assert machine.calls()[1:] == [["scontrol", "requeue", "12345"]]
+
+
+TINY = shlex.split(
+    "--encoder-num-layers 2 --decoder-num-layers 1 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 2 "
+    "--kv-channels 8 --encoder-seq-length 64 --micro-batch-size 4 --global-batch-size 8 --pipeline-model-parallel-size "
+    "1 --train-iters 40 --save-interval 100 --log-interval 1 --lr-warmup-iters 10 --split 90,10,0 --eval-iters 2"
+)
+
+
+@pytest.mark.slow
+def test_slurm_run_saves_on_the_warning_is_requeued_and_finishes(
+    machine: Machine, tmp_path: Path, byte_dataset: Path
+) -> None:
+    """The script as it is, with torchrun and training; only Slurm is a stand-in."""
+    (machine.folder / "bin" / "torchrun").unlink()
+    machine.program("scontrol", SCONTROL)
+    machine.program("srun", '#!/usr/bin/env bash\nshift\nexec "$@"\n')
+    (tmp_path / "pretrain_t5.py").symlink_to(ROOT / "pretrain_t5.py")  # the script is submitted from the repository
+    save = tmp_path / "run"
+    environment = JOB | {
+        "PATH": f"{machine.folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin", "SLURM_JOB_NUM_NODES": "1",
+        "GPUS_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), "FIRST_HOST": "127.0.0.1",
+        "SAVE": str(save), "DATA_PATH": str(byte_dataset),
+    }  # fmt: skip
+    arguments = ("pretrain_t5_xxl_multinode.slurm", *TINY)
+
+    first = machine.start(*arguments, **environment)
+    metrics, deadline = save / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[1]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGUSR1)
+    out, err = first.communicate(timeout=120)
+    assert first.returncode == 0, err
+    (stopped_at,) = (int(path.name.removeprefix("iter_")) for path in save.glob("iter_*"))
+    assert 1 <= stopped_at < 40 and not (save / "finished").exists(), out
+    assert machine.calls() == [["scontrol", "requeue", "12345"]]
+
+    second = machine.start(*arguments, **environment)
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    assert f"continuing from {save / f'iter_{stopped_at:07}'}" in out
+    assert (save / "finished").exists() and (save / "iter_0000040").exists()
+    assert len(machine.calls()) == 1, "a finished run is not requeued"
 
 
 def test_slurm_header_matches_the_script() -> None:
