@@ -73,13 +73,13 @@ def _describe_entry(name: str, of_ranks: Sequence[str]) -> str:
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(of_ranks):
         ranks.setdefault(value, []).append(rank)
-    groups = [f"{value} on {_rank_ranges(holders)}" for value, holders in list(ranks.items())[:MAX_VALUES]]
+    groups = [f"{value} on {rank_ranges(holders)}" for value, holders in list(ranks.items())[:MAX_VALUES]]
     if len(ranks) > MAX_VALUES:
         groups.append(f"{len(ranks) - MAX_VALUES} other values elsewhere")
     return f"{name} is {', '.join(groups[:-1])} and {groups[-1]}"
 
 
-def _rank_ranges(ranks: Sequence[int]) -> str:
+def rank_ranges(ranks: Sequence[int]) -> str:
     """Ascending ranks as text: `[0, 1, 2, 5]` -> `ranks 0-2, 5`."""
     runs: list[list[int]] = []
     for rank in ranks:

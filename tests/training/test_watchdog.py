@@ -1,0 +1,106 @@
+"""The watchdog: it names the rank and the call that keep a job waiting, ends the job, and is silent otherwise."""
+
+import re
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+
+from megatron.core.errors import CommunicationError, UserError
+from megatron.training.arguments import run_command_line
+from megatron.training.watchdog import Watchdog, describe_communication_failure
+from tests.reliability.hangs import fail, mark_fault, run_ranks
+
+TIMEOUT_S = 3.0
+CALL = r"all_reduce of _step \(test_watchdog.py:\d+\)"
+
+
+def _step() -> None:
+    torch.distributed.all_reduce(torch.ones(3))
+
+
+def _loop(rank: int, fault: str, world_size: int) -> None:
+    """Steps of one all-reduce each; the last rank fails before the fourth."""
+
+    def main() -> None:
+        timeout = timedelta(seconds=TIMEOUT_S)
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        prefixed = torch.distributed.PrefixStore("default_pg", store)
+        torch.distributed.init_process_group("gloo", store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
+        with Watchdog(store, rank, world_size, timeout) as watchdog:
+            for watchdog.step in range(6):
+                if watchdog.step == 3 and rank == world_size - 1:
+                    if fault == "late":
+                        mark_fault()
+                        time.sleep(0.7 * TIMEOUT_S)
+                    else:
+                        fail(fault)
+                _step()
+            torch.distributed.barrier()
+
+    run_command_line(main, is_printing_process=rank == 0)
+
+
+def test_a_hanging_rank_is_named_and_every_rank_leaves() -> None:
+    endings = run_ranks(_loop, 2, "hang", 2)
+    assert [ending.status for ending in endings] == [3, 3]
+    assert all(ending.seconds < TIMEOUT_S + 5 for ending in endings)
+    message = (
+        rf"error: rank 0 has waited \d s in {CALL} at step 3; rank 1 is elsewhere: fail \(hangs.py:\d+\) since \d s\n"
+    )
+    assert re.fullmatch(message, endings[0].printed)
+
+
+def test_a_frozen_rank_is_named_and_killed() -> None:
+    endings = run_ranks(_loop, 3, "freeze", 3)
+    assert [ending.status for ending in endings] == [3, 3, -9]
+    assert all(ending.seconds < TIMEOUT_S + 5 for ending in endings)
+    printed = "".join(ending.printed for ending in endings)
+    assert re.search(rf"rank [01] has waited \d s in {CALL} at step 3; rank 2 has not been heard of for \d s", printed)
+
+
+def test_a_rank_that_ends_early_is_named() -> None:
+    endings = run_ranks(_loop, 2, "exit", 2)
+    assert [ending.status for ending in endings] == [3, 0]
+    assert re.search(rf"error: rank 0: {CALL} failed: .*; rank 1 has not been heard of for \d s\b", endings[0].printed)
+
+
+def test_a_rank_that_raises_ends_the_others_and_is_alone_to_speak() -> None:
+    endings = run_ranks(_loop, 2, "raise", 2)
+    assert [ending.status for ending in endings] == [3, 1]
+    assert "a fault on purpose" in endings[1].printed
+    assert endings[0].printed == ""
+
+
+def test_waiting_for_less_than_the_timeout_is_no_hang() -> None:
+    endings = run_ranks(_loop, 2, "late", 2)
+    assert [(ending.status, ending.printed) for ending in endings] == [(0, ""), (0, "")]
+
+
+def test_other_failures_are_not_taken_for_communication() -> None:
+    for error in (ValueError("gloo"), UserError("--distributed-backend nccl needs GPUs"), RuntimeError("no memory")):
+        assert describe_communication_failure(error, 0) is None
+
+
+def test_the_cause_of_a_failure_counts() -> None:
+    def receive() -> None:
+        raise RuntimeError("[/somewhere/gloo/transport/tcp/pair.cc:5] Connection closed by peer [1.2.3.4]:5. This is")
+
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            receive()
+        except RuntimeError as error:
+            raise RuntimeError("stage 1 failed") from error
+    line = describe_communication_failure(raised.value, 4)
+    assert line is not None
+    assert re.fullmatch(
+        r"rank 4: receive \(test_watchdog.py:\d+\) failed: Connection closed by peer \[1.2.3.4\]:5", line
+    )
+
+
+def test_one_process_needs_no_watchdog() -> None:
+    with pytest.raises(ValueError, match="as it was"), Watchdog(None, 0, 1, timedelta(seconds=1)) as watchdog:
+        watchdog.step = 1
+        raise ValueError("as it was")
+    assert CommunicationError.exit_status == 3
