@@ -237,7 +237,7 @@ def run_trial(trial: Trial, reference: Reference, data: Path, folder: Path, seed
         if failure is not None:
             failure = f"the run that continues {failure}"
         else:
-            failure = _difference(outcome(save), reference.outcome)
+            failure = difference(outcome(save), reference.outcome)
     except (AssertionError, OSError, ValueError, KeyError) as error:
         failure = f"{type(error).__name__}: {error}"
     if failure is None:
@@ -248,7 +248,8 @@ def run_trial(trial: Trial, reference: Reference, data: Path, folder: Path, seed
     return Result(landed, statuses, failure, time.monotonic() - start)
 
 
-def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+def difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """What differs between two outcomes, or None."""
     differing = [key for key, value in expected.items() if found[key] != value]
     return f"{' and '.join(differing)} differ from the uninterrupted run's" if differing else None
 
