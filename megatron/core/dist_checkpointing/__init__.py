@@ -1,23 +1,22 @@
 """Checkpoints that any layout of processes can load, in safetensors and JSON."""
 
-from megatron.core.dist_checkpointing.format import (
-    CheckpointError,
-    checkpoint_path,
-    latest_checkpoint,
-    published_checkpoints,
-    read_manifest,
-    verify_checkpoint,
-)
+from megatron.core.dist_checkpointing.format import CheckpointError, checkpoint_path, read_manifest
 from megatron.core.dist_checkpointing.padding import Unpadded
+from megatron.core.dist_checkpointing.publishing import prune, published_checkpoints
+from megatron.core.dist_checkpointing.saver import CheckpointSaver, SaveOutcome
 from megatron.core.dist_checkpointing.serialization import CheckpointTensors, load_checkpoint, save_checkpoint
+from megatron.core.dist_checkpointing.verification import latest_checkpoint, verify_checkpoint
 
 __all__ = [
     "CheckpointError",
+    "CheckpointSaver",
     "CheckpointTensors",
+    "SaveOutcome",
     "Unpadded",
     "checkpoint_path",
     "latest_checkpoint",
     "load_checkpoint",
+    "prune",
     "published_checkpoints",
     "read_manifest",
     "save_checkpoint",

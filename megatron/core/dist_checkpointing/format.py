@@ -5,38 +5,39 @@
       iter_0000100/
         manifest.json                         everything that is not a tensor, and where each tensor lies
         shard_00000_of_00002.safetensors      what one rank wrote
-      iter_0000200.tmp-1f2e3d4c/              a save that has not been published (swept by the next save)
+      iter_0000200.tmp-1f2e3d4c/              a save not yet published, or a removal (swept by the next save)
       iter_0000100.replaced/                  the old version while a directory is replaced
 
 A directory `iter_*` appears by a rename after everything in it is on the disk, so it is complete or not there. Nothing
-in it is ever unpickled: JSON and safetensors only.
+in it is ever unpickled: JSON and safetensors only. What is read is not trusted: sizes are bounded before memory is
+taken, links, pipes and devices are not opened, and whatever is wrong is a `CheckpointError`.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
+import os
 import re
-import shutil
+import stat
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron.core.errors import UserError
-from megatron.core.file_utils import fsync_directory
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 HINT = "latest_checkpointed_iteration.txt"
 CHECKSUM_ALGORITHM = "crc32"
-READ_BYTES = 8 * 2**20
+MAX_MANIFEST_BYTES = 2**28  # some two million pieces of tensors; a text of this size takes a few GiB once read
+MAX_MESSAGE_LENGTH = 1000
+MAX_DIMENSIONS = 64  # torch's limit
 
-_ITERATION = re.compile(r"iter_(\d{7,})(\.replaced)?")
-_TEMPORARY = re.compile(r"iter_\d{7,}\.tmp-[0-9a-f]+")
 _SHARD = re.compile(
     r"shard_\d{5,}_of_\d{5,}\.safetensors"
 )  # a bare name: a manifest cannot point outside its directory
@@ -48,11 +49,16 @@ DTYPE_NAMES = {
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
-logger = logging.getLogger(__name__)
-
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be saved, found or loaded; the message names the path and the cause."""
+    """A checkpoint cannot be saved, found or loaded; the message names the path and the cause.
+
+    It may quote what a damaged file holds: it becomes one printable line of bounded length.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(character if character.isprintable() else " " for character in message)
+        super().__init__(line if len(line) <= MAX_MESSAGE_LENGTH else line[:MAX_MESSAGE_LENGTH] + "...")
 
 
 def checkpoint_path(root: Path, iteration: int) -> Path:
@@ -66,33 +72,81 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """JSON text of `manifest` with a checksum of itself; one line for each key."""
+    """JSON text of `manifest` with a checksum of itself; one line for each key.
+
+    Raises:
+        CheckpointError: It is too long to be read again.
+    """
     manifest = json.loads(json.dumps(manifest))  # as it will be read: keys are strings, tuples are lists
     complete = manifest | {"manifest_checksum": zlib.crc32(_canonical(manifest))}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in complete.items()]
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    text = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"the manifest would have {len(text)} bytes, the limit is {MAX_MANIFEST_BYTES}")
+    return text
 
 
 def _canonical(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
 
 
+def open_regular(file: Path) -> FileIO:
+    """Open `file` for reading, unbuffered.
+
+    Raises:
+        CheckpointError: It is not a regular file. Links could lead anywhere, pipes block and devices never end.
+        OSError: It cannot be opened.
+    """
+    if not stat.S_ISREG(file.lstat().st_mode):
+        raise CheckpointError(f"{file} is not a regular file; use another checkpoint")
+    return file.open("rb", buffering=0)
+
+
+def parse_object(text: bytes | bytearray, file: Path) -> dict[str, Any]:
+    """The JSON object that `text`, of `file`, holds.
+
+    Raises:
+        CheckpointError: It is no JSON object, nested too deeply, or says something twice.
+    """
+    try:
+        found = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # ValueError: JSON, Unicode, integers of thousands of digits
+        raise CheckpointError(f"{file} is damaged: {error}; use another checkpoint") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is damaged: it holds no JSON object; use another checkpoint")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the checkpoint directory `path`.
+
+    What the format itself says (version, files, tensors) is checked; the rest is as it was given to the save.
 
     Raises:
         CheckpointError: It is missing, damaged, of an unknown format version or inconsistent in itself.
     """
     file = path / MANIFEST
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a symbolic link; use the directory it points to")
     try:
-        manifest = json.loads(file.read_bytes())
+        with open_regular(file) as content:
+            size = os.fstat(content.fileno()).st_size
+            text = content.readall() if size <= MAX_MANIFEST_BYTES else b""
     except OSError as error:
         raise CheckpointError(
             f"{path} is not a complete checkpoint: cannot read {MANIFEST}: {error.strerror}"
         ) from None
-    except ValueError as error:  # JSON and Unicode errors
-        raise CheckpointError(f"{file} is damaged: {error}") from None
-    if not isinstance(manifest, dict) or "format_version" not in manifest:
+    if size > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{file} has {size} bytes, the limit is {MAX_MANIFEST_BYTES}; use another checkpoint")
+    manifest = parse_object(text, file)
+    if "format_version" not in manifest:
         raise CheckpointError(f"{file} is not the manifest of a checkpoint of this program")
     if manifest["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
@@ -111,120 +165,60 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _validate(manifest: dict[str, Any]) -> None:
     """Raise ValueError, or what a wrong type raises, unless files and tensors are described consistently."""
+    _whole(manifest["iteration"])
     for name, entry in manifest["files"].items():
         if not _SHARD.fullmatch(name):
             raise ValueError(f"file name {name!r}")
-        if entry["bytes"] < 0:
-            raise ValueError(f"size of {name}")
+        _whole(entry["bytes"])
+        _whole(entry[CHECKSUM_ALGORITHM])
+    used: Counter[str] = Counter()  # bytes of tensors in each file
     for name, entry in manifest["tensors"].items():
-        shape, volume = entry["shape"], 0
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"dtype {entry['dtype']!r} of {name}")
+        shape = [_whole(length) for length in entry["shape"]]
+        if entry["dtype"] not in DTYPES or len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"dtype {entry['dtype']!r} and {len(shape)} dimensions of {name}")
+        volume = 0
         for chunk in entry["chunks"]:
-            if chunk["file"] not in manifest["files"]:
+            if chunk["file"] not in manifest["files"] or not isinstance(chunk["key"], str):
                 raise ValueError(f"{name} lies in the unlisted file {chunk['file']!r}")
-            bounds = list(zip(chunk["offsets"], chunk["sizes"], shape, strict=True))
-            if any(offset < 0 or size < 1 or offset + size > length for offset, size, length in bounds):
+            bounds = zip(map(_whole, chunk["offsets"]), map(_whole, chunk["sizes"]), shape, strict=True)
+            if any(size < 1 or offset + size > length for offset, size, length in bounds):
                 raise ValueError(f"a chunk of {name} lies outside its shape {shape}")
             volume += math.prod(chunk["sizes"])
+            used[chunk["file"]] += math.prod(chunk["sizes"]) * DTYPES[entry["dtype"]].itemsize
         if volume != math.prod(shape):
             raise ValueError(f"the chunks of {name} hold {volume} of {math.prod(shape)} elements")
+    for name, count in used.items():  # so that no size can be claimed that is not on the disk
+        if count > manifest["files"][name]["bytes"]:
+            raise ValueError(f"{count} bytes of tensors in {name}, which has {manifest['files'][name]['bytes']}")
+
+
+def _whole(value: object) -> int:
+    """`value` if it is an integer that a size or position can be."""
+    if type(value) is not int or not 0 <= value < 2**63:  # a bool is no size
+        raise ValueError(f"{value!r} is not a size")
+    return value
 
 
 def check_file_sizes(path: Path, manifest: dict[str, Any]) -> None:
     """Raise `CheckpointError` unless every file that `manifest` lists is in `path` with the recorded size."""
     for name, entry in manifest["files"].items():
         file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise CheckpointError(f"{file} {found}, expected {entry['bytes']} bytes; use another checkpoint")
-
-
-def verify_checkpoint(path: Path) -> None:
-    """Read the whole checkpoint and raise `CheckpointError` unless sizes and checksums are as recorded."""
-    manifest = read_manifest(path)
-    check_file_sizes(path, manifest)
-    for name, entry in manifest["files"].items():
         try:
-            checksum = _checksum(path / name)
+            found = file.lstat()
         except OSError as error:
-            raise CheckpointError(f"cannot read {path / name}: {error.strerror}; use another checkpoint") from None
-        if checksum != entry[CHECKSUM_ALGORITHM]:
+            raise CheckpointError(f"{file} is missing ({error.strerror}); use another checkpoint") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{file} is not a regular file; use another checkpoint")
+        if found.st_size != entry["bytes"]:
             raise CheckpointError(
-                f"{path / name} is damaged: checksum {checksum}, recorded {entry[CHECKSUM_ALGORITHM]}; "
-                "use another checkpoint"
+                f"{file} has {found.st_size} bytes, expected {entry['bytes']}; use another checkpoint"
             )
 
 
-def _checksum(file: Path) -> int:
-    checksum = 0
-    with file.open("rb") as content:
-        while block := content.read(READ_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _published(root: Path) -> Iterator[tuple[int, bool, Path]]:
-    """Checkpoint directories under `root`: (iteration, whether it is the current version, path)."""
-    for path in root.iterdir() if root.is_dir() else ():
-        match = _ITERATION.fullmatch(path.name)
-        if match and path.is_dir():
-            yield int(match[1]), match[2] is None, path
-
-
-def published_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint directories under `root`, sound or not, the newest first."""
-    return [path for _, _, path in sorted(_published(root), reverse=True)]
-
-
-def latest_checkpoint(root: Path) -> Path | None:
-    """The sound checkpoint of the highest iteration under `root`, or None.
-
-    Sound is what `verify_checkpoint` accepts: a manifest of a known version, and all files there with the recorded
-    sizes and checksums. Directories that are not are passed over with a warning.
-    """
-    for path in published_checkpoints(root):
-        problem = _damage(path)
-        if problem is None:
-            return path
-        logger.warning("warning: passing over a checkpoint: %s", problem)
-    return None
-
-
-def _damage(path: Path) -> CheckpointError | None:
-    """What is wrong with the checkpoint `path`, or None if it is sound."""
+def looks_sound(path: Path) -> bool:
+    """Whether the manifest of `path` can be read and its files have the recorded sizes; checksums are not compared."""
     try:
-        verify_checkpoint(path)
-    except CheckpointError as error:
-        return error
-    return None
-
-
-def sweep(root: Path) -> None:
-    """Remove what interrupted saves left under `root`; undo a replacement that was cut short."""
-    for path in list(root.iterdir()):
-        if _TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path)
-    for iteration, current, path in list(_published(root)):
-        if not current:
-            final = checkpoint_path(root, iteration)
-            if final.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(final)
-
-
-def publish_directory(temporary: Path, final: Path) -> None:
-    """Give `temporary`, whose files are on the disk, the name `final`; an older `final` is replaced.
-
-    At every instant `latest_checkpoint` finds the old version or the new one.
-    """
-    fsync_directory(temporary)
-    replaced = final.with_name(final.name + ".replaced")
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
-    fsync_directory(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+        check_file_sizes(path, read_manifest(path))
+    except CheckpointError:
+        return False
+    return True

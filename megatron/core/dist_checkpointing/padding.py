@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -35,8 +36,17 @@ class Unpadded:
         self.shape = torch.Size(shape)
         self.dtype = tensor.dtype
 
+    def moved_to(self, part: torch.Tensor) -> Unpadded:
+        """The same part of the same tensor in other memory, of the same shape."""
+        assert part.shape == self.part.shape and part.dtype == self.dtype
+        moved = copy.copy(self)
+        moved.part = part
+        return moved
+
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(self.offsets, self.part.shape)] if self.part.numel() else []
+        # A tensor without elements has a chunk all the same: it is to be listed.
+        some = self.part.numel() or 0 in self.shape
+        return [ChunkStorageMetadata(self.offsets, self.part.shape)] if some else []
 
     def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.part)
@@ -51,7 +61,10 @@ class Unpadded:
 
 
 class SavePlanner(DefaultSavePlanner):
-    """torch's planner for flat dictionaries of tensors and `Unpadded` ones."""
+    """torch's planner for flat dictionaries of tensors and `Unpadded` ones.
+
+    Of pieces that several ranks hold, it lets one write each, such that ranks write about equally much.
+    """
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -15,17 +15,29 @@ import torch.distributed.checkpoint as dcp
 
 from megatron.core.dist_checkpointing.format import DTYPE_NAMES, CheckpointError, checkpoint_path
 from megatron.core.dist_checkpointing.padding import LoadPlanner, SavePlanner, Unpadded
+from megatron.core.dist_checkpointing.publishing import prune
 from megatron.core.dist_checkpointing.storage import SafetensorsReader, SafetensorsWriter
+from megatron.core.dist_checkpointing.verification import raise_on_all
 from megatron.core.parallel_state import ParallelContext
 
 NAMES_IN_MESSAGE = 5
+
+logger = logging.getLogger(__name__)
 
 CheckpointTensors: TypeAlias = Mapping[str, torch.Tensor | Unpadded]
 """Tensors by global name."""
 
 
 def save_checkpoint(
-    root: Path, iteration: int, tensors: CheckpointTensors, manifest: dict[str, Any], context: ParallelContext
+    root: Path,
+    iteration: int,
+    tensors: CheckpointTensors,
+    manifest: dict[str, Any],
+    context: ParallelContext,
+    *,
+    keep_last: int | None = None,
+    keep_every: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write `tensors` and `manifest` as the checkpoint of `iteration` under `root`; all ranks call it together.
 
@@ -38,6 +50,9 @@ def save_checkpoint(
         tensors: Tensors by global name; of padded ones, the part that is to be kept.
         manifest: What else to keep; JSON-able.
         context: The layout.
+        keep_last: Afterwards, remove all but so many of the newest checkpoints; None keeps all.
+        keep_every: Do not remove those of iterations that this divides.
+        group: Process group of all ranks to agree over; None: the default one.
 
     Returns:
         The directory of the checkpoint.
@@ -47,25 +62,37 @@ def save_checkpoint(
     """
     writer = SafetensorsWriter(root, iteration, manifest, context.rank, context.world_size)
     try:
-        with _no_warning_of_single_process():
-            dcp.save(_detached(tensors), storage_writer=writer, planner=SavePlanner(), no_dist=context.world_size == 1)
+        _expect_single_process()
+        dcp.save(
+            _detached(tensors),
+            storage_writer=writer,
+            planner=SavePlanner(),
+            process_group=group,
+            no_dist=context.world_size == 1,
+        )
     except dcp.CheckpointException as failure:
         if writer.temporary is not None:
             shutil.rmtree(writer.temporary, ignore_errors=True)
         _raise(failure, f"cannot save {checkpoint_path(root, iteration)}")
+    if context.is_main and keep_last is not None:
+        try:
+            prune(root, keep_last, keep_every, writer.final)
+        except OSError as error:  # the new checkpoint is safe; the next save tries again
+            logger.warning("warning: cannot remove old checkpoints of %s: %s", root, error)
     return writer.final
 
 
 def load_checkpoint(path: Path, tensors: CheckpointTensors, strict: bool = True) -> None:
     """Fill `tensors` in place from the checkpoint directory `path`, whatever layout it was saved on.
 
-    All ranks call it together. Sizes of files are checked first, checksums are not (see `verify_checkpoint`).
+    All ranks call it together. Every tensor asked for must be there. Sizes of files are checked first, checksums are
+    not (see `verify_checkpoint`).
 
     Args:
         path: Directory of one checkpoint.
         tensors: Tensors by global name; DTensors get the rows they hold, padding stays as it is.
-        strict: Require the same names on both sides (all ranks together: a pipeline rank has only its stages); else
-            names that only one side has are left alone.
+        strict: Refuse a checkpoint with tensors that no rank asks for (a pipeline rank has only its stages); else they
+            are left alone, to load only the weights, say.
 
     Raises:
         CheckpointError: A file is missing or damaged, or names, shapes or dtypes differ. After an error while reading,
@@ -77,38 +104,25 @@ def load_checkpoint(path: Path, tensors: CheckpointTensors, strict: bool = True)
     everywhere = set(tensors) if single else _names_on_all(tensors)
     try:
         reader = SafetensorsReader(path)
-        tensors = _matching(path, tensors, everywhere, reader.manifest["tensors"], strict)
+        _compare(path, tensors, everywhere, reader.manifest["tensors"], strict)
     except CheckpointError as raised:
         error = raised
-    _raise_on_all(error, single)
+    raise_on_all(error, 1 if single else dist.get_world_size())
     try:
-        with _no_warning_of_single_process():
-            dcp.load(_detached(tensors), storage_reader=reader, planner=LoadPlanner(), no_dist=single)
+        _expect_single_process()
+        dcp.load(_detached(tensors), storage_reader=reader, planner=LoadPlanner(), no_dist=single)
     except dcp.CheckpointException as failure:
         _raise(failure, f"cannot load {path}")
 
 
-@contextmanager
-def _no_warning_of_single_process() -> Iterator[None]:
+def _expect_single_process() -> None:
     """torch warns when there is no process group, which for a single process is as it should be."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+    # For good: to restore the filters is not safe in a thread.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _detached(tensors: CheckpointTensors) -> dict[str, Any]:
     return {name: t if isinstance(t, Unpadded) else t.detach() for name, t in tensors.items()}
-
-
-def _raise_on_all(error: CheckpointError | None, single: bool) -> None:
-    """Raise the first error that any rank has; else a rank without one would wait for the others for ever."""
-    errors = [error]
-    if not single:
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise found
 
 
 def _names_on_all(names: Iterable[str]) -> set[str]:
@@ -118,22 +132,20 @@ def _names_on_all(names: Iterable[str]) -> set[str]:
     return set().union(*gathered)
 
 
-def _matching(
+def _compare(
     path: Path, tensors: CheckpointTensors, everywhere: set[str], stored: dict[str, Any], strict: bool
-) -> CheckpointTensors:
-    """The tensors that the checkpoint holds, after comparing names, shapes and dtypes."""
+) -> None:
+    """Raise `CheckpointError` unless the checkpoint, which holds `stored`, has `tensors`, with shape and dtype."""
+    _refuse(path, "lacks", [name for name in tensors if name not in stored])
     if strict:
-        _refuse(path, "lacks", [name for name in tensors if name not in stored])
         _refuse(path, "has unexpected", [name for name in stored if name not in everywhere])
-    common = {name: tensor for name, tensor in tensors.items() if name in stored}
     differing = []
-    for name, tensor in common.items():
+    for name, tensor in tensors.items():
         found = (stored[name]["dtype"], stored[name]["shape"])
         wanted = (DTYPE_NAMES[tensor.dtype], list(tensor.shape))
         if found != wanted:
             differing.append(f"{name} ({found[0]} {found[1]} there, {wanted[0]} {wanted[1]} here)")
     _refuse(path, "does not fit in", differing)
-    return common
 
 
 def _refuse(path: Path, problem: str, names: list[str]) -> None:

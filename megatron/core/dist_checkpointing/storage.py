@@ -7,13 +7,14 @@ A whole tensor is stored under its name, a part of one under `<name>@<offset>,<o
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-import uuid
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,15 +46,23 @@ from megatron.core.dist_checkpointing.format import (
     check_file_sizes,
     checkpoint_path,
     encode_manifest,
-    publish_directory,
+    open_regular,
+    parse_object,
     read_manifest,
     shard_name,
+)
+from megatron.core.dist_checkpointing.publishing import (
+    make_directory,
+    publish_directory,
     sweep,
+    temporary_directory,
 )
 from megatron.core.file_utils import publish_bytes, write_durably
 
 WRITE_BYTES = 8 * 2**20  # written and added to the checksum at a time, so that the second use finds it in the cache
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,9 +105,9 @@ class SafetensorsWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Make the temporary directory (coordinator only) and tell all ranks its name."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_directory(self.root)
         sweep(self.root)
-        self.temporary = self.root / f"{self.final.name}.tmp-{uuid.uuid4().hex[:8]}"
+        self.temporary = temporary_directory(self.final)
         self.temporary.mkdir()
         return [replace(plan, storage_data=self.temporary.name) for plan in plans]
 
@@ -140,7 +149,10 @@ class SafetensorsWriter(StorageWriter):
         assert not own.keys() & self.manifest.keys(), "the manifest may not use the keys of the format"
         write_durably(self.temporary / MANIFEST, encode_manifest(own | self.manifest))
         publish_directory(self.temporary, self.final)
-        publish_bytes(self.root / HINT, f"{self.iteration}\n".encode())
+        try:
+            publish_bytes(self.root / HINT, f"{self.iteration}\n".encode())
+        except OSError as error:  # only a hint, and the checkpoint is safe
+            logger.warning("warning: cannot write %s: %s", self.root / HINT, error)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -190,16 +202,23 @@ def _write_shard(path: Path, items: list[WriteItem], planner: SavePlanner) -> St
         position += _nbytes(item)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the tensors to start at a multiple of 8
-    checksum = 0
+    checksum = nbytes = 0
     with path.open("wb") as file:
         for block in _blocks([len(text).to_bytes(8, "little"), text], items, planner):
             file.write(block)
+            _start_writing_back(file, nbytes, len(block))
             checksum = zlib.crc32(block, checksum)
+            nbytes += len(block)
         file.flush()
         os.fsync(file.fileno())
-        nbytes = file.tell()
     assert nbytes == 8 + len(text) + position, path
     return StoredFile(path.name, nbytes, checksum)
+
+
+def _start_writing_back(file: BinaryIO, start: int, nbytes: int) -> None:
+    """Have the disk begin with what has just been written, instead of leaving all of it to the fsync at the end."""
+    if hasattr(os, "posix_fadvise"):  # Linux; elsewhere nothing happens until then
+        os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _blocks(prefix: list[bytes], items: list[WriteItem], planner: SavePlanner) -> Iterable[bytes | memoryview]:
@@ -264,7 +283,7 @@ class SafetensorsReader(StorageReader):
         for item in plan.items:
             by_file[self._chunk(item)["file"]].append(item)
         for name, items in by_file.items():
-            with (self.path / name).open("rb", buffering=0) as file:
+            with open_regular(self.path / name) as file:
                 header, data_start = _read_header(self.path / name, file)
                 for item in items:
                     target = planner.resolve_tensor(item).detach()
@@ -287,36 +306,31 @@ class SafetensorsReader(StorageReader):
         return False
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path, file: FileIO) -> tuple[dict[str, Any], int]:
     """Header of a safetensors file and the position of its first tensor."""
-    length = int.from_bytes(file.read(8), "little")
-    if not 0 < length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8) or b"", "little")
+    if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(f"{path} is damaged: its header would have {length} bytes; use another checkpoint")
     content = bytearray(length)
     _read_into(file, memoryview(content))
-    try:
-        header = json.loads(content)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: its header is not JSON ({error}); use another checkpoint") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is damaged: its header is not a JSON object; use another checkpoint")
-    return header, 8 + length
+    return parse_object(content, path), 8 + length
 
 
-def _data_offset(file: BinaryIO, header: dict[str, Any], chunk: dict[str, Any], dtype: str) -> int:
+def _data_offset(file: FileIO, header: dict[str, Any], chunk: dict[str, Any], dtype: str) -> int:
     """Position of a chunk after the header, once the header agrees with the manifest."""
     entry = header.get(chunk["key"])
     if not isinstance(entry, dict) or entry.get("dtype") != dtype or entry.get("shape") != chunk["sizes"]:
         raise CheckpointError(f"{file.name} does not hold {chunk['key']} as the manifest says; use another checkpoint")
     nbytes = math.prod(chunk["sizes"]) * DTYPES[dtype].itemsize
     match entry.get("data_offsets"):
-        case [int(start), int(end)] if start >= 0 and end - start == nbytes:
+        case [int(start), int(end)] if 0 <= start <= os.fstat(file.fileno()).st_size and end - start == nbytes:
             return start
     raise CheckpointError(f"{file.name} is damaged: {chunk['key']} has impossible offsets; use another checkpoint")
 
 
 def _read_item(
-    file: BinaryIO, start: int, sizes: list[int], dtype: torch.dtype, item: ReadItem, target: torch.Tensor
+    file: FileIO, start: int, sizes: list[int], dtype: torch.dtype, item: ReadItem, target: torch.Tensor
 ) -> None:
     """Read the part of a chunk of shape `sizes` at `start` that `item` wants into `target`.
 
@@ -335,9 +349,9 @@ def _read_item(
         target.copy_(rows.view(target.shape) if target.ndim == 0 else rows)
 
 
-def _read_into(file: BinaryIO, target: memoryview) -> None:
+def _read_into(file: FileIO, target: memoryview) -> None:
     while target:
-        count = file.readinto(target)  # type: ignore[attr-defined]
+        count = file.readinto(target)
         if not count:
             raise CheckpointError(f"{file.name} ends too early; use another checkpoint")
         target = target[count:]
