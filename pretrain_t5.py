@@ -11,7 +11,7 @@ from megatron.training.arguments import parse_args, run_command_line
 from megatron.training.console import warn
 
 
-def main() -> None:
+def main() -> int:
     """Read the flags, then train; torch is imported only once the flags are known to be good."""
     is_main = os.environ.get("RANK", "0") == "0"
     arguments = parse_args()
@@ -23,10 +23,10 @@ def main() -> None:
         from megatron.training.dry_run import dry_run
 
         dry_run(arguments.config, arguments.dry_run, vocab_size_given)
-        return
+        return 0
     from megatron.training.training import pretrain
 
-    pretrain(arguments.config, vocab_size_given)
+    return pretrain(arguments.config, vocab_size_given)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron.core.datasets.sample_ranges import SampleRanges
 from megatron.core.datasets.t5_dataset import SpanCorruptionDataset
 from megatron.core.dist_checkpointing import CheckpointError, CheckpointSaver
 from megatron.core.distributed import clip_gradients_, global_grad_norm
-from megatron.core.errors import NumericalError, SaveError, UserError
+from megatron.core.errors import NumericalError, RunError, SaveError, UserError
 from megatron.core.models.T5.t5_flops import training_flops_per_sequence
 from megatron.core.optimizer import LearningRateSchedule, LossScaler, build_optimizer
 from megatron.core.parallel_state import ParallelContext
@@ -46,6 +47,7 @@ from megatron.training.starting_point import (
 )
 from megatron.training.step_window import StepWindow
 from megatron.training.stopping import Stop, StopControl
+from megatron.training.watchdog import Watchdog
 
 
 def run_length(config: RunConfig, progress: Progress, global_batch_size: int, windows_per_epoch: int) -> int:
@@ -74,6 +76,7 @@ class Trainer:
         self.config, self.data, self.context = config, data, context
         self.stop = stop or StopControl(context, config.training)
         self.starting_point = start
+        self.watchdog: Watchdog | None = None
         self.description = data.describe()
         check_equal_on_all_ranks(context, {"config": config.to_dict(), **self.description})
         training = config.training
@@ -134,6 +137,8 @@ class Trainer:
     def train_step(self) -> bool:
         """One optimizer step on the next global batch; False when it was given up, with nothing changed."""
         start = time.perf_counter()
+        if self.watchdog is not None:
+            self.watchdog.step = self.progress.iteration + 1
         first_sample = self.progress.next_sample
         batch = self.train_loader.step_batch(first_sample).to(self.context.device)
         self.window.data_wait_s += time.perf_counter() - start
@@ -193,7 +198,7 @@ class Trainer:
 
     def _schedule_position(self) -> int:
         """The schedule's argument for the step being made: its number, or the samples consumed by its end."""
-        if self.config.training.train_samples is None:
+        if self.schedule.unit == "iterations":
             return self.progress.iteration + 1
         return self.progress.consumed_samples + self.global_batch_size
 
@@ -370,6 +375,8 @@ class Trainer:
         """Load the checkpoint that the run starts from, if there is one, and open the reports."""
         if self.starting_point is not None:
             self._load(self.starting_point)
+        if self.saver is not None:
+            self.saver.prepare(training_tensors(self.optimizer, owned_only=True))
         self.context.on_main(self._open_outputs)
 
     def _load(self, start: StartingPoint) -> None:
@@ -416,10 +423,10 @@ class Trainer:
         layout = " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
         return f" ({layout})" if layout else ""
 
-    def close(self) -> None:
-        """Wait for a checkpoint that is being written, and flush the reports."""
+    def close(self, wait: bool = True) -> None:
+        """Flush the reports and, with `wait`, let the checkpoint that is being written be finished."""
         if self.saver is not None:
-            self.saver.close()
+            self.saver.close(wait)
         for sink in self.sinks:
             sink.close()
 
@@ -441,7 +448,9 @@ def pretrain(config: RunConfig, vocab_size_given: bool = False) -> int:
 def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: bool = False) -> int:
     """`pretrain` in a context that exists already."""
     start = time.perf_counter()
-    with StopControl(context, config.training) as stop:
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    watchdog = Watchdog(context.store, context.rank, context.world_size, timeout)
+    with StopControl(context, config.training) as stop, watchdog:
         checkpoint = find_starting_point(config.checkpoint, context)
         data = open_data(config)
         if checkpoint is not None:
@@ -451,14 +460,18 @@ def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: b
         for warning in data.warnings:
             warn(warning, context.is_main)
         trainer = Trainer(config, data, context, stop, checkpoint)
+        trainer.watchdog = watchdog
         try:
             trainer.start()
             say(trainer.describe(), context.is_main)
             if trainer.model.plan is not None:
                 say(trainer.model.plan.describe(), context.is_main)
             status = trainer.train()
-        finally:
-            trainer.close()
+        except BaseException as error:
+            # A save that is running can only end when the other ranks do their part, as after what all raise together.
+            trainer.close(wait=isinstance(error, RunError))
+            raise
+        trainer.close()
         if status == 0 and not stop.reason:
             say(f"done in {format_duration(time.perf_counter() - start)}", context.is_main)
     return status

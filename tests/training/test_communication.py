@@ -46,6 +46,8 @@ def expected(layout: Layout, cuts: list[list[int]], indices: list[int], ranks: t
     count = Expected()
     count.add("allreduce_", 8)  # number of target tokens, over the data-parallel ranks
     count.add("allreduce_", 8)  # gradient norm
+    if layout.pp == 1:  # between microbatches: whether to give the step up
+        count.add("allreduce_", 4, _microbatches(layout)[0] - 1)
     if layout.tp > 1:
         for index in indices:
             _tensor_parallel(count, layout, cuts[index])
