@@ -23,6 +23,7 @@ from tests.reliability.table import provenance, render
 
 COUNTED = {  # name: module of this folder and its function, which returns rows
     "R1": "kills:count",
+    "R3": "signals:count",
     "R4": "damaged_datasets:count",
     "R8": "concurrent_preprocessing:count",
     "R10": "malformed_text:count",
