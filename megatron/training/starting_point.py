@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron.core.dist_checkpointing import (
     CheckpointError,
     load_checkpoint,
@@ -21,7 +23,6 @@ from megatron.core.dist_checkpointing import (
     read_manifest,
     verify_checkpoint,
 )
-from megatron.core.dist_checkpointing.format import check_file_sizes
 from megatron.core.errors import UserError
 from megatron.core.optimizer import LearningRateSchedule, Optimizer
 from megatron.core.parallel_state import ParallelContext
@@ -75,22 +76,37 @@ class StartingPoint:
 
 
 @dataclass(frozen=True)
-class _Choice:
-    path: Path
+class _Candidates:
+    """Checkpoints of which the first sound one is taken.
+
+    Attributes:
+        paths: The newest first; at least one.
+        scope: What is taken of it.
+        own: Whether they are the run's own, in `--save`.
+        remark: As in `StartingPoint`.
+        warnings: As in `StartingPoint`.
+    """
+
+    paths: list[Path]
     scope: Scope = Scope.EVERYTHING
+    own: bool = False
     remark: str = ""
     warnings: tuple[str, ...] = ()
 
 
 def find_starting_point(config: CheckpointConfig, context: ParallelContext) -> StartingPoint | None:
-    """The checkpoint that the run starts from, or None when it starts from scratch.
+    """The checkpoint that the run starts from, or None when it starts from scratch; all processes call it together.
 
-    The main process chooses and verifies; all processes call it together.
+    The main process chooses; all of them share the reading that verification takes.
 
     Raises:
         UserError: A checkpoint was asked for and none is sound; on every process.
     """
-    return context.on_main(lambda: _find(config, config.verify_checkpoint))
+    candidates = context.on_main(lambda: _candidates(config))
+    if candidates is None:
+        return None
+    path = _first_sound(candidates.paths, context, config.verify_checkpoint)
+    return context.on_main(lambda: _read(path, candidates))
 
 
 def checkpoint_arguments(config: CheckpointConfig) -> tuple[Path, dict[str, Any]]:
@@ -104,7 +120,7 @@ def checkpoint_arguments(config: CheckpointConfig) -> tuple[Path, dict[str, Any]
     Raises:
         UserError: There is no checkpoint to take them from.
     """
-    start = _find(config, verify=False)
+    start = find_starting_point(replace(config, verify_checkpoint=False), ParallelContext(torch.device("cpu")))
     if start is None:
         raise UserError("--use-checkpoint-args found no checkpoint; give --load, or the flags themselves")
     saved = start.manifest["config"]
@@ -116,11 +132,8 @@ def checkpoint_arguments(config: CheckpointConfig) -> tuple[Path, dict[str, Any]
     return start.path, values
 
 
-def _find(config: CheckpointConfig, verify: bool) -> StartingPoint | None:
-    choice = _choose(config, verify)
-    if choice is None:
-        return None
-    manifest = read_manifest(choice.path)
+def _read(path: Path, candidates: _Candidates) -> StartingPoint:
+    manifest = read_manifest(path)
     del manifest["tensors"], manifest["files"]
     try:
         saved = manifest["progress"]
@@ -129,68 +142,62 @@ def _find(config: CheckpointConfig, verify: bool) -> StartingPoint | None:
         if not all(isinstance(group, dict) for group in (*groups, manifest["tokenizer"], manifest["dataset"])):
             raise TypeError
     except (KeyError, TypeError):
-        raise CheckpointError(f"{choice.path} is not a checkpoint of a training run; use another one") from None
-    if choice.scope is Scope.WEIGHTS:
+        raise CheckpointError(f"{path} is not a checkpoint of a training run; use another one") from None
+    scope = candidates.scope
+    if scope is Scope.NO_OPTIMIZER and candidates.own and manifest["config"]["checkpoint"].get("load_optim") is False:
+        scope = Scope.EVERYTHING  # its optimizer has started anew already
+    if scope is Scope.WEIGHTS:
         progress = Progress()
-    elif choice.scope is Scope.NO_OPTIMIZER:
+    elif scope is Scope.NO_OPTIMIZER:
         progress = replace(progress, loss_scaler={})
-    return StartingPoint(choice.path, choice.scope, manifest, progress, choice.remark, choice.warnings)
+    return StartingPoint(path, scope, manifest, progress, candidates.remark, candidates.warnings)
 
 
-def _choose(config: CheckpointConfig, verify: bool) -> _Choice | None:
+def _candidates(config: CheckpointConfig) -> _Candidates | None:
     save = Path(config.save) if config.save else None
     load = Path(config.load) if config.load else None
     if load is not None and save is not None and load.resolve() == save.resolve():
         load = None
-    if load is None:
-        return _continue_save(save, config, verify)
-    published = published_checkpoints(save) if save is not None else []
-    if published:
-        remark = f"--save holds it; --load {load} was not read"
-        return _Choice(_newest_sound(published, verify), remark=remark)
     scope = Scope.EVERYTHING if config.load_optim else Scope.NO_OPTIMIZER
-    scope = Scope.WEIGHTS if config.finetune else scope
-    if config.ckpt_step is not None:
-        return _Choice(_at_step(load, config.ckpt_step, verify), scope)
-    published = published_checkpoints(load)
-    if not published:
-        raise UserError(f"--load {load} holds no checkpoint; correct it, or leave it out to start from scratch")
-    return _Choice(_newest_sound(published, verify), scope)
-
-
-def _continue_save(save: Path | None, config: CheckpointConfig, verify: bool) -> _Choice | None:
-    """What there is to continue in `--save` when there is no other `--load`."""
+    published = _published(save) if save is not None else []
+    if load is not None and published:
+        return _Candidates(published, remark=f"--save holds it; --load {load} was not read")
+    if load is not None:
+        scope = Scope.WEIGHTS if config.finetune else scope
+        if config.ckpt_step is not None:
+            return _Candidates(_at_step(load, config.ckpt_step), scope)
+        published = _published(load)
+        if not published:
+            raise UserError(f"--load {load} holds no checkpoint; correct it, or leave it out to start from scratch")
+        return _Candidates(published, scope)
     if config.finetune:
         raise UserError("--finetune needs --load, a directory other than --save; give one, or leave it out to continue")
     if config.ckpt_step is not None:
         if save is None:
             raise UserError("--ckpt-step needs --load or --save, the directory of the checkpoint; give one")
-        choice = _go_back(save, config.ckpt_step, verify)
-    else:
-        published = published_checkpoints(save) if save is not None else []
-        if not published:
-            return None
-        choice = _Choice(_newest_sound(published, verify))
-    if config.load_optim or _saved_under(choice.path, "load_optim", False):
-        return choice
-    return replace(choice, scope=Scope.NO_OPTIMIZER)
+        return _go_back(save, config.ckpt_step, scope)
+    return _Candidates(published, scope, own=True) if published else None
 
 
-def _go_back(save: Path, step: int, verify: bool) -> _Choice:
+def _go_back(save: Path, step: int, scope: Scope) -> _Candidates:
     """The checkpoint of `step` in `--save`, or what a run that went back to it before has saved since."""
-    later = [path for path in published_checkpoints(save) if _step(path) > step]
-    since = [path for path in later if _saved_under(path, "ckpt_step", step)]
+    later = [path for path in _published(save) if _step(path) > step]
+    since = [path for path in later if _was_saved_under(path, "ckpt_step", step)]
     if since:
         remark = f"saved since --ckpt-step {step} was obeyed; to go back again, remove {_names(since)}"
-        return _Choice(_newest_sound(since, verify), remark=remark)
-    path = _at_step(save, step, verify)
-    if not later:
-        return _Choice(path)
+        return _Candidates(since, scope, own=True, remark=remark)
     warning = (
         f"{save} holds {_names(later)}, later than --ckpt-step {step}: each stays until this run saves the same step "
         "and replaces it, and a run without --ckpt-step continues from the newest"
     )
-    return _Choice(path, warnings=(warning,))
+    return _Candidates(_at_step(save, step), scope, own=True, warnings=(warning,) if later else ())
+
+
+def _published(directory: Path) -> list[Path]:
+    try:
+        return published_checkpoints(directory)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}; give another --save or --load") from None
 
 
 def _step(path: Path) -> int:
@@ -203,7 +210,7 @@ def _names(paths: list[Path]) -> str:
     return ", ".join(names[:SHOWN_STEPS]) + more
 
 
-def _saved_under(path: Path, flag: str, value: Any) -> bool:
+def _was_saved_under(path: Path, flag: str, value: Any) -> bool:
     """Whether the run that saved `path` had this value of a checkpoint flag."""
     try:
         return bool(read_manifest(path)["config"]["checkpoint"][flag] == value)
@@ -211,39 +218,38 @@ def _saved_under(path: Path, flag: str, value: Any) -> bool:
         return False
 
 
-def _newest_sound(candidates: list[Path], verify: bool) -> Path:
-    """The first of `candidates` (the newest first) that is sound; the others are passed over with a warning."""
-    for path in candidates:
-        damage = _damage(path, verify)
-        if damage is None:
-            return path
-        logger.warning("warning: passing over a checkpoint: %s", damage)
-    directory = candidates[0].parent
-    raise UserError(
-        f"no checkpoint in {directory} is sound ({len(candidates)} found); restore one, or use another --save"
-    )
-
-
-def _at_step(directory: Path, step: int, verify: bool) -> Path:
-    """The checkpoint of `step`, which has to be there and sound."""
-    published = published_checkpoints(directory)
+def _at_step(directory: Path, step: int) -> list[Path]:
+    """The checkpoint of `step`, which has to be there."""
+    published = _published(directory)
     found = [path for path in published if _step(path) == step]
     if not found:
         there = f"only {_names(published)}" if published else "no checkpoint"
         raise UserError(f"--ckpt-step is {step}, but {directory} holds {there}; choose one that is there")
-    damage = _damage(found[0], verify)
-    if damage is not None:
-        raise damage
-    return found[0]
+    return found
 
 
-def _damage(path: Path, verify: bool) -> CheckpointError | None:
-    """What is wrong with the sizes, and with `verify` the checksums, of a checkpoint; None if it is sound."""
+def _first_sound(paths: list[Path], context: ParallelContext, checksums: bool) -> Path:
+    """The first of `paths` that is sound; those before are passed over with a warning. All processes call it together.
+
+    Raises:
+        UserError: There is none; on every process.
+    """
+    for path in paths:
+        damage = _damage(path, context, checksums)
+        if damage is None:
+            return path
+        if len(paths) == 1:
+            raise damage
+        if context.is_main:
+            logger.warning("warning: passing over a checkpoint: %s", damage)
+    raise UserError(
+        f"no checkpoint in {paths[0].parent} is sound ({len(paths)} found); restore one, or use another --save"
+    )
+
+
+def _damage(path: Path, context: ParallelContext, checksums: bool) -> CheckpointError | None:
     try:
-        if verify:
-            verify_checkpoint(path)
-        else:
-            check_file_sizes(path, read_manifest(path))
+        verify_checkpoint(path, context, checksums)
     except CheckpointError as error:
         return error
     return None
