@@ -15,6 +15,7 @@ from megatron.core.errors import UserError
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.consistency import check_equal_on_all_ranks
 from megatron.training.console import warn
+from megatron.training.rendezvous import store_of_this_start
 
 
 def launched_by_torchrun() -> bool:
@@ -66,6 +67,7 @@ def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
     # What init_process_group would do by itself; done here to keep the store.
     store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
+    store = store_of_this_start(store, rank, world_size, timeout)
     torch.distributed.init_process_group(
         backend,
         store=torch.distributed.PrefixStore("default_pg", store),

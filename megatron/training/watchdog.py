@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import DistError, PrefixStore, Store
 
-from megatron.core.errors import CommunicationError
+from megatron.core.errors import CommunicationError, RunError
 from megatron.training.consistency import rank_ranges
 
 T = TypeVar("T")
@@ -97,10 +97,10 @@ def describe_communication_failure(error: BaseException, rank: int) -> str | Non
     """One line with rank, collective and place when `error`, or what caused it, came out of a collective; else None."""
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, RunError):  # described already
+            return None
         if isinstance(cause, DistError) or (
-            isinstance(cause, RuntimeError)
-            and not isinstance(cause, CommunicationError)
-            and COMMUNICATION_FAILURE.search(str(cause))
+            isinstance(cause, RuntimeError) and COMMUNICATION_FAILURE.search(str(cause))
         ):
             stack = list(traceback.walk_tb(cause.__traceback__))[::-1]
             place = locate(stack) if stack else None
@@ -155,8 +155,7 @@ class Watchdog:
         """Watchdog of `rank`.
 
         Args:
-            store: Of the job, its keys shared by the processes of one start of the job only; None, for a single
-                process, makes the watchdog do nothing.
+            store: Of this start of the job; without one, or with a single process, the watchdog does nothing.
             rank: This process.
             world_size: Number of processes.
             timeout: How long a collective may last.
@@ -166,7 +165,7 @@ class Watchdog:
         self.timeout_s = timeout.total_seconds()
         self.interval_s = min(max(self.timeout_s / 20, MIN_INTERVAL_S), MAX_INTERVAL_S)
         self.silence_s = 3 * self.interval_s + 1  # after which a rank counts as gone
-        self._job_store = store
+        self._job_store = store if world_size > 1 else None
         self._node = os.environ.get("GROUP_RANK", "0")
         self._observations: dict[int, _Observation] = {}
         self._main = threading.main_thread().ident
