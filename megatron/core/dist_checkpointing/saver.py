@@ -145,8 +145,8 @@ class CheckpointSaver:
             error = raised
         except BaseException as raised:
             logger.exception("the thread that writes a checkpoint failed")
-            path = checkpoint_path(self.root, iteration)
-            error = CheckpointError(f"cannot save {path}: rank {self.context.rank}: {raised!r}")
+            cause = f"{type(raised).__name__} {str(raised).partition(chr(10))[0]}"  # the log has the traceback
+            error = CheckpointError(f"cannot save {checkpoint_path(self.root, iteration)}: {cause}")
         self._record(iteration, began, copied, error)
 
     def _record(self, iteration: int, began: float, resumed: float, error: CheckpointError | None) -> None:

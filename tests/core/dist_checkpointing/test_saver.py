@@ -179,7 +179,7 @@ def test_an_exception_of_the_thread_itself_is_not_lost(tmp_path, monkeypatch, ca
     saver.save(1, example(), {})
     saver.close()
     [outcome] = saver.outcomes()
-    assert isinstance(outcome.error, CheckpointError) and "SystemExit(3)" in str(outcome.error)
+    assert isinstance(outcome.error, CheckpointError) and "SystemExit 3" in str(outcome.error)
     assert "Traceback" in caplog.text
 
 
