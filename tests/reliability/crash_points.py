@@ -253,7 +253,7 @@ class CrashPoints:
         self.situation.check_next_save(self.root)
 
 
-def count(variants: list[Variant] = VARIANTS) -> list[dict[str, Any]]:
+def count_kills(variants: list[Variant] = VARIANTS) -> list[dict[str, Any]]:
     """A row for each number of ranks and kind of save, over all situations."""
     if problem := why_unavailable():
         raise RuntimeError(problem)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tests.reliability.crash_points import VARIANTS, CrashPoints, Situation, Variant
+from tests.reliability.crash_points import VARIANTS, CrashPoints, Situation, Variant, count_kills
 from tests.reliability.small_checkpoints import count_trials, scratch
 from tests.reliability.system_calls import Call, below, why_unavailable
 
@@ -184,7 +184,7 @@ def check(situation: Situation, top: Path, tree: Tree, saved: bool) -> None:
     situation.check_next_save(top / "root")
 
 
-def count(variants: list[Variant] = VARIANTS) -> list[dict[str, Any]]:
+def count_disks(variants: list[Variant] = VARIANTS) -> list[dict[str, Any]]:
     """A row for each number of ranks."""
     if problem := why_unavailable():
         raise RuntimeError(problem)
@@ -197,3 +197,8 @@ def count(variants: list[Variant] = VARIANTS) -> list[dict[str, Any]]:
             what = f"disks that a power loss during a save can leave, {ranks} rank{'s' * (ranks > 1)}"
             rows.append(count_trials("R2", what, every, started))
     return rows
+
+
+def count() -> list[dict[str, Any]]:
+    """The rows of R2: kills and power losses."""
+    return count_kills() + count_disks()
