@@ -25,9 +25,12 @@ COUNTED = {  # name: module of this folder and its function, which returns rows
     "R1": "kills:count",
     "R3": "signals:count",
     "R4": "damaged_datasets:count",
+    "R5": "numerical_faults:count",
+    "R6": "ledger:count",
     "R8": "concurrent_preprocessing:count",
     "R10": "malformed_text:count",
     "R11": "preprocessing_workers:count",
+    "R16": "rng_hygiene:count",
     "R17": "soak:count",
 }
 
