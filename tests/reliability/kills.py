@@ -31,15 +31,15 @@ from tests.reliability.jobs import ForkedJob, Job, ProgramJob
 STEPS, SAVE_INTERVAL = 30, 5
 FLAGS = shlex.split(
     "--encoder-num-layers 2 --decoder-num-layers 2 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 "
-    "--encoder-seq-length 64 --hidden-dropout 0.1 --attention-dropout 0.1 --lr 1e-2 --split 90,10,0 --log-interval 1 "
-    f"--micro-batch-size 4 --global-batch-size 8 --eval-interval 7 --eval-iters 1 --train-iters {STEPS} "
+    "--encoder-seq-length 32 --hidden-dropout 0.1 --attention-dropout 0.1 --lr 1e-2 --split 90,10,0 --log-interval 1 "
+    f"--global-batch-size 8 --eval-interval 7 --eval-iters 1 --train-iters {STEPS} "
     f"--save-interval {SAVE_INTERVAL} --keep-last 2"
 )
 LAYOUTS = {
-    "one process": (1, []),
-    "DP2": (2, shlex.split("--data-parallel-sharding-strategy optim_grads")),
-    "TP2": (2, shlex.split("--tensor-model-parallel-size 2 --sequence-parallel")),
-    "PP2": (2, shlex.split("--pipeline-model-parallel-size 2")),
+    "one process": (1, shlex.split("--micro-batch-size 8")),
+    "DP2": (2, shlex.split("--micro-batch-size 4 --data-parallel-sharding-strategy optim_grads")),
+    "TP2": (2, shlex.split("--micro-batch-size 8 --tensor-model-parallel-size 2 --sequence-parallel")),
+    "PP2": (2, shlex.split("--micro-batch-size 4 --pipeline-model-parallel-size 2")),
 }
 ASYNCHRONOUS = ["--async-save"]
 RUN_WITHIN_S = 180.0  # a run that takes longer hangs

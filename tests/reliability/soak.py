@@ -21,7 +21,7 @@ from tests.reliability.jobs import ForkedJob, Job, ProgramJob
 
 FLAGS = shlex.split(
     "--encoder-num-layers 2 --decoder-num-layers 2 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 "
-    "--encoder-seq-length 64 --hidden-dropout 0.1 --attention-dropout 0.1 --lr 1e-2 --split 90,10,0 --log-interval 1 "
+    "--encoder-seq-length 32 --hidden-dropout 0.1 --attention-dropout 0.1 --lr 1e-2 --split 90,10,0 --log-interval 1 "
     "--micro-batch-size 4 --eval-iters 2 --async-save --keep-last 2"
 )
 SAMPLE_EVERY_S = 0.05
