@@ -1,4 +1,4 @@
-"""R12: a checkpoint with a flipped bit, or otherwise not as it was saved, is found out, and the one before is loaded."""
+"""R12: a checkpoint with a flipped bit or other damage is recognised, and the one before is loaded instead."""
 
 from __future__ import annotations
 
