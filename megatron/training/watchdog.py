@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import DistError, PrefixStore, Store
 
-from megatron.core.errors import CommunicationError, RunError
+from megatron.core.errors import CommunicationError, RunError, UserError
 from megatron.training.consistency import rank_ranges
 
 T = TypeVar("T")
@@ -210,7 +210,9 @@ class Watchdog:
         message = describe_communication_failure(error, self.rank)
         if message is None:
             first_line = (str(error).splitlines() or [""])[0]
-            self.abort(f"rank {self.rank} ended with {type(error).__name__}: {first_line}")
+            message = f"rank {self.rank} ended with {type(error).__name__}: {first_line}"
+            if self.abort(message) and not isinstance(error, (UserError, RunError, SystemExit)):
+                print(f"error: {message}", file=sys.stderr, flush=True)  # the traceback, which follows, names no rank
             return
         message += self._missing_ranks()
         if self.abort(message):

@@ -30,6 +30,7 @@ COUNTED = {  # name: module of this folder and its function, which returns rows
     "R8": "concurrent_preprocessing:count",
     "R10": "malformed_text:count",
     "R11": "preprocessing_workers:count",
+    "R13": "hangs:count",
     "R16": "rng_hygiene:count",
     "R17": "soak:count",
 }

@@ -1,98 +1,118 @@
-"""R13: one rank hangs, is frozen, ends early or raises; every rank ends in time and the console says who and where."""
+"""R13: one rank hangs, is frozen, ends early, raises or is killed: all ranks end in time, and the console says why."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import socket
+import itertools
+import re
+import shlex
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import PRELOAD
+from tests.corpora import make_byte_dataset, write_prose
+from tests.reliability import faulty_program
+from tests.reliability.faulty_program import FAULTS, PURPOSE
+from tests.reliability.jobs import ForkedJob
+from tests.reliability.signals import RUN, tail
 
-TIMEOUT_S = 5.0
-FAULTS = ("hang", "freeze", "exit", "raise")
-BEFORE_STEP = 3  # the step in which the fault happens
+PROGRAM = str(Path(faulty_program.__file__))
+TIMEOUT_S = 8.0
+LATER_S = 5.0  # all ranks have ended so long after the timeout
+PHASES = ("start-up", "step", "evaluation", "save")
+LAYOUTS = {
+    2: [],
+    4: shlex.split("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+}
+CALL = r"\w+ of \w+ \(megatron/[\w/]+\.py:\d+\)"
+WAITED = rf"error: rank \d+ has waited \d+ s in {CALL}( at step \d+)?; rank {{victim}}"
+BROKEN = rf"error: rank \d+: {CALL} failed: [^;\n]*; rank {{victim}} has not been heard of for \d+ s, last in "
+MESSAGES = {
+    "hang": rf"{WAITED} is elsewhere: fail \(faulty_program.py:\d+\) since \d+ s\n",
+    "freeze": rf"{WAITED} has not been heard of for \d+ s, last in ",
+    "exit": BROKEN,
+    "kill": BROKEN,
+    "raise": rf"error: rank {{victim}} ended with ValueError: {PURPOSE}\n",
+}
+STATUS_OF_VICTIM = {"hang": 3, "freeze": -9, "exit": 0, "raise": 1, "kill": -9}
 
 
-@dataclass
-class Ending:
-    """How a rank ended: exit status, seconds after the fault, and what it printed to stderr."""
+@dataclass(frozen=True)
+class Trial:
+    """Rank `victim` of `ranks` fails with `fault` in `phase`."""
 
-    status: int
-    seconds: float
-    printed: str
+    ranks: int
+    fault: str
+    phase: str
+    victim: int
+
+    def __str__(self) -> str:
+        return f"{self.fault} of rank {self.victim} of {self.ranks} in {self.phase}"
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, limit_s: float = 60.0) -> list[Ending]:
-    """Run `function(rank, *args)` on processes described to them as torchrun does, and report how each ends.
+def all_trials() -> list[Trial]:
+    """Every fault in every phase, of two and of four ranks, of the first and of another rank."""
+    each = itertools.product(LAYOUTS, FAULTS, PHASES, (0, 1))
+    return [Trial(ranks, fault, phase, place * (ranks - 1)) for ranks, fault, phase, place in each]
 
-    Seconds count from the moment that a rank calls `mark_fault`. Unlike `run_distributed`, a rank may die.
+
+def run_trial(trial: Trial, data_path: Path) -> float:
+    """Seconds from the fault to the end of the last rank.
+
+    Raises:
+        AssertionError: Too late, another exit status than documented, or a console that does not say who and where.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, port, folder, args), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        ended: dict[int, float] = {}
-        deadline = time.monotonic() + limit_s
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name), Path(name, "log")
+        arguments = [trial.fault, trial.phase, str(trial.victim), name, *RUN, *LAYOUTS[trial.ranks]]
+        arguments += ["--data-path", str(data_path), "--save", str(folder / "run")]
+        arguments += ["--distributed-timeout-minutes", str(TIMEOUT_S / 60)]
+        job = ForkedJob(arguments, trial.ranks, log, PROGRAM)
         try:
-            while len(ended) < world_size and time.monotonic() < deadline:
-                time.sleep(0.05)
-                for rank, process in enumerate(processes):
-                    if process.exitcode is not None:
-                        ended.setdefault(rank, time.time())
+            while not (folder / "fault").exists():
+                assert not job.ended(0.05), f"ended before the fault: {tail(log)}"
+            fault_at = (folder / "fault").stat().st_mtime
+            ended = job.ended(TIMEOUT_S + LATER_S)
+            seconds = time.time() - fault_at
+            assert ended, f"not ended after {seconds:.1f} s: {tail(log)}"
         finally:
-            for process in processes:
-                process.kill()
-                process.join()
-        if len(ended) < world_size:
-            raise AssertionError(f"ranks {sorted(set(range(world_size)) - set(ended))} did not end in {limit_s:.0f} s")
-        fault = Path(folder, "fault").stat().st_mtime
-        texts = [Path(folder, f"{rank}.err").read_text() for rank in range(world_size)]
-    return [Ending(processes[rank].exitcode or 0, ended[rank] - fault, texts[rank]) for rank in range(world_size)]
+            if not job.ended(0):
+                job.kill(None)
+        wanted = [3] * trial.ranks
+        wanted[trial.victim] = STATUS_OF_VICTIM[trial.fault]
+        assert job.statuses() == wanted, f"statuses {job.statuses()} instead of {wanted}: {tail(log)}"
+        message = MESSAGES[trial.fault].format(victim=trial.victim)
+        assert re.search(message, log.read_text()), f"does not say {message}: {tail(log)}"
+    return seconds
 
 
-def mark_fault() -> None:
-    """Called by the rank that is about to fail."""
-    Path(os.environ["FAULT_FILE"]).touch()
+def attempt(trial: Trial, data_path: Path) -> float | str:
+    """Seconds from the fault to the end, or what went wrong."""
+    try:
+        return run_trial(trial, data_path)
+    except Exception as error:
+        print(f"R13: {trial}: {error}", file=sys.stderr, flush=True)
+        return f"{trial}: {error}"
 
 
-def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, folder: str, args: tuple[Any, ...]
-) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FAULT_FILE=str(Path(folder, "fault")), GLOO_SOCKET_IFNAME="lo",
-    )  # fmt: skip
-    descriptor = os.open(Path(folder, f"{rank}.err"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 2)
-    function(rank, *args)
-
-
-def fail(fault: str) -> None:
-    """Make this process fail in one of the ways of `FAULTS`."""
-    mark_fault()
-    if fault == "hang":
-        time.sleep(600)
-    elif fault == "freeze":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    elif fault == "exit":
-        os._exit(0)
-    elif fault == "raise":
-        raise ValueError("a fault on purpose")
+def count(trials: int | None = None) -> list[dict[str, Any]]:
+    """The row of R13; of all trials or of the first so many."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        data_path = make_byte_dataset(write_prose(Path(name, "corpus.jsonl")))
+        results = [attempt(trial, data_path) for trial in all_trials()[:trials]]
+    failures = [result for result in results if isinstance(result, str)]
+    durations = [result for result in results if isinstance(result, float)]
+    row = {
+        "test": "R13",
+        "what": f"one rank hangs, is frozen, ends, raises or is killed: all end within the timeout + {LATER_S:.0f} s "
+        "and the console names rank and collective",
+        "trials": len(results),
+        "passed": len(durations),
+        "seconds": round(time.monotonic() - start, 1),
+        "timeout_s": TIMEOUT_S,
+        "slowest_end_s": round(max(durations, default=0.0), 1),
+    }
+    return [row | ({"failures": failures} if failures else {})]

@@ -1,8 +1,16 @@
 """The watchdog: it names the rank and the call that keep a job waiting, ends the job, and is silent otherwise."""
 
+import multiprocessing
+import os
 import re
+import socket
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +18,76 @@ import torch
 from megatron.core.errors import CommunicationError, UserError
 from megatron.training.arguments import run_command_line
 from megatron.training.watchdog import Watchdog, describe_communication_failure
-from tests.reliability.hangs import fail, mark_fault, run_ranks
+from tests.distributed import PRELOAD
+from tests.reliability.faulty_program import fail
 
 TIMEOUT_S = 3.0
 CALL = r"all_reduce of _step \(test_watchdog.py:\d+\)"
+
+
+@dataclass
+class Ending:
+    """How a rank ended: exit status, seconds after the fault, and what it printed to stderr."""
+
+    status: int
+    seconds: float
+    printed: str
+
+
+def _run_ranks(function: Callable[..., Any], world_size: int, *args: Any, limit_s: float = 60.0) -> list[Ending]:
+    """Run `function(rank, *args)` on processes described to them as torchrun does, and report how each ends.
+
+    Seconds count from the moment that a rank calls `mark_fault`. Unlike `run_distributed`, a rank may die.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        processes = [
+            context.Process(target=_rank_main, args=(function, rank, world_size, port, folder, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        ended: dict[int, float] = {}
+        deadline = time.monotonic() + limit_s
+        try:
+            while len(ended) < world_size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                for rank, process in enumerate(processes):
+                    if process.exitcode is not None:
+                        ended.setdefault(rank, time.time())
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        if len(ended) < world_size:
+            raise AssertionError(f"ranks {sorted(set(range(world_size)) - set(ended))} did not end in {limit_s:.0f} s")
+        fault = Path(folder, "fault").stat().st_mtime
+        texts = [Path(folder, f"{rank}.err").read_text() for rank in range(world_size)]
+    return [Ending(processes[rank].exitcode or 0, ended[rank] - fault, texts[rank]) for rank in range(world_size)]
+
+
+def _mark_fault() -> None:
+    """Called by the rank that is about to fail."""
+    Path(os.environ["FAULT_FILE"]).touch()
+
+
+def _rank_main(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, folder: str, args: tuple[Any, ...]
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FAULT_FILE=str(Path(folder, "fault")), GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    descriptor = os.open(Path(folder, f"{rank}.err"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 2)
+    function(rank, *args)
 
 
 def _step() -> None:
@@ -31,8 +105,8 @@ def _loop(rank: int, fault: str, world_size: int) -> None:
         with Watchdog(store, rank, world_size, timeout) as watchdog:
             for watchdog.step in range(6):
                 if watchdog.step == 3 and rank == world_size - 1:
+                    _mark_fault()
                     if fault == "late":
-                        mark_fault()
                         time.sleep(0.7 * TIMEOUT_S)
                     else:
                         fail(fault)
@@ -43,17 +117,15 @@ def _loop(rank: int, fault: str, world_size: int) -> None:
 
 
 def test_a_hanging_rank_is_named_and_every_rank_leaves() -> None:
-    endings = run_ranks(_loop, 2, "hang", 2)
+    endings = _run_ranks(_loop, 2, "hang", 2)
     assert [ending.status for ending in endings] == [3, 3]
     assert all(ending.seconds < TIMEOUT_S + 5 for ending in endings)
-    message = (
-        rf"error: rank 0 has waited \d s in {CALL} at step 3; rank 1 is elsewhere: fail \(hangs.py:\d+\) since \d s\n"
-    )
+    message = rf"error: rank 0 has waited \d s in {CALL} at step 3; rank 1 is elsewhere: fail \(faulty_program.py:\d+\) since \d s\n"
     assert re.fullmatch(message, endings[0].printed)
 
 
 def test_a_frozen_rank_is_named_and_killed() -> None:
-    endings = run_ranks(_loop, 3, "freeze", 3)
+    endings = _run_ranks(_loop, 3, "freeze", 3)
     assert [ending.status for ending in endings] == [3, 3, -9]
     assert all(ending.seconds < TIMEOUT_S + 5 for ending in endings)
     printed = "".join(ending.printed for ending in endings)
@@ -61,20 +133,20 @@ def test_a_frozen_rank_is_named_and_killed() -> None:
 
 
 def test_a_rank_that_ends_early_is_named() -> None:
-    endings = run_ranks(_loop, 2, "exit", 2)
+    endings = _run_ranks(_loop, 2, "exit", 2)
     assert [ending.status for ending in endings] == [3, 0]
     assert re.search(rf"error: rank 0: {CALL} failed: .*; rank 1 has not been heard of for \d s\b", endings[0].printed)
 
 
 def test_a_rank_that_raises_ends_the_others_and_is_alone_to_speak() -> None:
-    endings = run_ranks(_loop, 2, "raise", 2)
+    endings = _run_ranks(_loop, 2, "raise", 2)
     assert [ending.status for ending in endings] == [3, 1]
     assert "a fault on purpose" in endings[1].printed
     assert endings[0].printed == ""
 
 
 def test_waiting_for_less_than_the_timeout_is_no_hang() -> None:
-    endings = run_ranks(_loop, 2, "late", 2)
+    endings = _run_ranks(_loop, 2, "late", 2)
     assert [(ending.status, ending.printed) for ending in endings] == [(0, ""), (0, "")]
 
 
