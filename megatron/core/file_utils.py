@@ -21,6 +21,14 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(directory: Path) -> None:
+    """Make `directory`, and those above it that are missing, durably; nothing happens where it exists."""
+    if not directory.is_dir():
+        make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        fsync_directory(directory.parent)
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Write `content` to `path` and wait until it is on the disk; nothing is left there on an error."""
     try:

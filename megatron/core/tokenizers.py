@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 
 from megatron.core.config import TokenizerConfig
 from megatron.core.errors import UserError
-from megatron.core.file_utils import fsync_directory, partial_path, replace_directory, write_durably
+from megatron.core.file_utils import fsync_directory, make_directory, partial_path, replace_directory, write_durably
 
 CONFIG_NAME = "tokenizer_config.json"
 CONFIG_FORMAT = "megatron-t5 tokenizer"
@@ -121,7 +121,8 @@ class Tokenizer(abc.ABC):
         require_replaceable(directory)
         partial = partial_path(directory)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_directory(directory.parent)
+        partial.mkdir()
         config = {
             "format": CONFIG_FORMAT,
             "version": CONFIG_VERSION,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron.core.errors import UserError
-from megatron.core.file_utils import publish_bytes
+from megatron.core.file_utils import make_directory, publish_bytes
 from megatron.training.config import LoggingConfig
 
 # Dense bf16 peaks in TFLOP/s from the vendors' data sheets, by a part of torch's device name. A device that is not
@@ -61,7 +61,7 @@ class JsonlSink:
 
     def __init__(self, path: Path, iteration: int) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             if path.exists():
                 publish_bytes(path, self._rows_up_to(path, iteration))
             self._file = path.open("a", encoding="utf-8")

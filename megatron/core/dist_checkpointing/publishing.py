@@ -34,14 +34,6 @@ def published_checkpoints(root: Path, iteration: int | None = None) -> list[Path
     return [path for number, _, path in sorted(_published(root), reverse=True) if iteration in (None, number)]
 
 
-def make_directory(root: Path) -> None:
-    """Make `root` and the directories above it, durably."""
-    if not root.is_dir():
-        make_directory(root.parent)
-        root.mkdir(exist_ok=True)
-        fsync_directory(root.parent)
-
-
 def temporary_directory(final: Path) -> Path:
     """A new directory for what is to become `final`, or a name for what it is before its removal."""
     return final.with_name(f"{final.name.partition('.')[0]}.tmp-{uuid.uuid4().hex[:8]}")

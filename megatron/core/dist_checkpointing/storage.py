@@ -51,13 +51,8 @@ from megatron.core.dist_checkpointing.format import (
     read_manifest,
     shard_name,
 )
-from megatron.core.dist_checkpointing.publishing import (
-    make_directory,
-    publish_directory,
-    sweep,
-    temporary_directory,
-)
-from megatron.core.file_utils import publish_bytes, write_durably
+from megatron.core.dist_checkpointing.publishing import publish_directory, sweep, temporary_directory
+from megatron.core.file_utils import make_directory, publish_bytes, write_durably
 
 WRITE_BYTES = 8 * 2**20  # written and added to the checksum at a time, so that the second use finds it in the cache
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format

@@ -243,6 +243,13 @@ def edit_manifest(path, **changes):
     file.write_bytes(checkpoint_format.encode_manifest(manifest | changes))
 
 
+def tensors_like(shape, offsets, sizes, key="a"):
+    """Description of a tensor `a` of these chunks in the shard of one process."""
+    file = "shard_00000_of_00001.safetensors"
+    chunks = [{"file": file, "key": key, "offsets": o, "sizes": s} for o, s in zip(offsets, sizes, strict=True)]
+    return {"a": {"dtype": "F32", "shape": shape, "chunks": chunks}}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -255,6 +262,16 @@ def edit_manifest(path, **changes):
         {"tensors": {"a": {"dtype": "F32", "shape": [4], "chunks": []}}},
         {"tensors": {"a": {"dtype": "F32", "shape": ["x"], "chunks": []}}},
         {"tensors": {"a": {}}},
+        {"files": {"shard_00000_of_00001.safetensors": {"bytes": True, "crc32": 0}}},
+        {"files": {"shard_00000_of_00001.safetensors": {"bytes": 10**400, "crc32": 0}}},
+        {"files": {"shard_00000_of_00001.safetensors": {"bytes": 8}}},
+        {"tensors": tensors_like([2**60], [[0]], [[2**60]])},  # more than the file has
+        {"tensors": tensors_like([4], [[0.0]], [[4]])},
+        {"tensors": tensors_like([float("nan")], [[0]], [[4]])},
+        {"tensors": tensors_like([4], [[0]], [[4]], key=["k"])},
+        {"tensors": tensors_like([1] * 65, [[0] * 65], [[1] * 65])},
+        {"tensors": {f"t{i}": tensors_like([30], [[0]], [[30]])["a"] for i in range(99)}},  # all in the same bytes
+        {"iteration": "7"},
     ],
 )
 def test_impossible_manifests_are_refused(tmp_path, changes):
@@ -263,6 +280,112 @@ def test_impossible_manifests_are_refused(tmp_path, changes):
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         read_manifest(path)
     assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 100_000,
+        b'{"a": ' * 50_000,
+        b'{"format_version": 1, "format_version": 1}',
+        b'{"format_version": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe\x00",
+        b"{}",
+        b"1",
+        b"\x80\x04\x95",
+    ],
+)
+def test_texts_that_are_no_manifest(tmp_path, text):
+    path = save(tmp_path)
+    (path / "manifest.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json") as error:
+        read_manifest(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 2000
+
+
+def test_a_huge_manifest_is_not_read(tmp_path):
+    path = save(tmp_path)
+    with (path / "manifest.json").open("ab") as file:
+        file.truncate(2**40)  # takes no space
+    with pytest.raises(CheckpointError, match="1099511627776 bytes"):
+        read_manifest(path)
+
+
+def _link(file):
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to("elsewhere")
+
+
+def _pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard_00000_of_00001.safetensors"])
+@pytest.mark.parametrize("spoil", [_link, _pipe])
+def test_links_and_pipes_are_not_opened(tmp_path, name, spoil):
+    path = save(tmp_path)
+    spoil(path / name)
+    for call in (verify_checkpoint, lambda path: load_checkpoint(path, zeros_like(example()))):
+        with pytest.raises(CheckpointError, match=f"{re.escape(name)} is not a regular file"):
+            call(path)
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_linked_directory_is_refused(tmp_path, caplog):
+    path = save(tmp_path / "elsewhere")
+    (tmp_path / "iter_0000001").symlink_to(path)
+    assert latest_checkpoint(tmp_path) is None
+    assert "is a symbolic link" in caplog.text
+
+
+@pytest.mark.parametrize("header", [b"[" * 64, b'{"model/weight": 1}', b"9" * 64, b"{" + b" " * 62 + b"}"])
+def test_headers_that_say_something_else(tmp_path, header):
+    path = save(tmp_path)
+    shard = path / "shard_00000_of_00001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + len(header) :])
+    with pytest.raises(CheckpointError, match=r"\.safetensors (is damaged|does not hold)"):
+        load_checkpoint(path, zeros_like(example()))
+    shard.write_bytes((2**40).to_bytes(8, "little") + content[8:])
+    with pytest.raises(CheckpointError, match="its header would have 1099511627776 bytes"):
+        load_checkpoint(path, zeros_like(example()))
+
+
+@pytest.mark.parametrize("offsets", [[2**70, 2**70 + 140], [-4, 136], [0, 2**60], ["0", 140], None])
+def test_offsets_that_cannot_be(tmp_path, offsets):
+    path = save_checkpoint(tmp_path, 1, {"model/weight": torch.ones(7, 5)}, {}, CPU)
+    shard = path / "shard_00000_of_00001.safetensors"
+    header = json.dumps({"model/weight": {"dtype": "F32", "shape": [7, 5], "data_offsets": offsets}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(140)
+    shard.write_bytes(content)
+    edit_manifest(path, files={shard.name: {"bytes": len(content), "crc32": 0}})
+    with pytest.raises(CheckpointError, match="impossible offsets"):
+        load_checkpoint(path, {"model/weight": torch.ones(7, 5)})
+
+
+def _verify_together(rank, root, damaged):
+    """What each rank says of a checkpoint of which one file is damaged."""
+    context = _context(rank)
+    try:
+        verify_checkpoint(damaged, context)
+    except CheckpointError as error:
+        message = str(error)
+    return message, latest_checkpoint(root, context), latest_checkpoint(root, context, checksums=False)
+
+
+def test_ranks_verify_together(tmp_path):
+    older = save(tmp_path, 4)
+    run_distributed(_save_sharded, 4, tmp_path, "rows4", 3)
+    damaged = checkpoint_path(tmp_path, 5)
+    for number in (1, 2):
+        shard = damaged / f"shard_0000{number}_of_00004.safetensors"
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        [first, second] = run_distributed(_verify_together, 2, tmp_path, damaged)
+        assert first == second
+        assert shard.name in first[0] and first[1:] == (older, damaged)
+        shard.write_bytes(content)
 
 
 def test_every_flipped_bit_is_found(tmp_path):
