@@ -17,6 +17,7 @@ from megatron.core.config import (
     option,
     require_positive,
 )
+from megatron.core.datasets.sample_ranges import SampleRanges
 from megatron.core.errors import UserError
 
 
@@ -63,6 +64,7 @@ class TrainingConfig:
             raise UserError(f"--eval-iters is {self.eval_iters}; it must not be negative")
         if self.train_iters is not None and self.train_samples is not None:
             raise UserError("--train-iters and --train-samples both set the length of the run; give one of them")
+        SampleRanges.parse(self.skip_samples)  # raises what is wrong with them
 
     def num_microbatches(self, dp_size: int) -> int:
         """Microbatches of a step on each of `dp_size` data-parallel ranks."""

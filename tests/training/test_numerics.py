@@ -4,20 +4,25 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron.core.datasets.loader import T5Loader
 from megatron.core.errors import NumericalError
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import local_tensor
 from megatron.training.arguments import parse_args
 from megatron.training.data import fit_vocabulary, open_data
+from megatron.training.model_setup import DistributedModel
 from megatron.training.numerics import SkipCounter, Spike, SpikeDetector, checked_gradients, describe_nonfinite
 from megatron.training.training import Trainer
 from tests.distributed import run_distributed
+from tests.layouts.comparison import checkpoint_tensors
 from tests.layouts.layout import Layout
+from tests.training.test_pretrain import TINY, run_here
 
 
 def make_trainer(flags: list[str]) -> Trainer:
@@ -280,3 +285,82 @@ def test_nan_equals_itself(byte_dataset: Path):
 
     checked_step(trainer, disturb)
     assert trainer.parameters[0].parameter.grad[0].isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def ids_read(patch: pytest.MonkeyPatch, trainer_run) -> list[list[int]]:
+    """Sample ids of every step of a run."""
+    found = []
+    step_batch = T5Loader.step_batch
+
+    def recorded(loader, first_sample):
+        found.append(loader.sample_ids(first_sample).reshape(-1).tolist())
+        return step_batch(loader, first_sample)
+
+    patch.setattr(T5Loader, "step_batch", recorded)
+    trainer_run()
+    return found
+
+
+def test_samples_of_a_spike_are_logged_and_can_be_left_out(
+    byte_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    compute = DistributedModel.forward_backward
+    calls = []
+
+    def spiked(*arguments):
+        calls.append(arguments)
+        return compute(*arguments) * (9.0 if len(calls) == 39 else 1.0)
+
+    save = tmp_path / "save"
+    flags = [
+        *TINY,
+        "--data-path",
+        str(byte_dataset),
+        "--save",
+        str(save),
+        "--save-interval",
+        "36",
+        "--log-interval",
+        "9",
+    ]
+    flags += ["--lr", "1e-3", "--eval-iters", "0", "--micro-batch-size", "4", "--train-iters", "40"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DistributedModel, "forward_backward", spiked)
+        first = ids_read(patch, lambda: run_here(flags))
+    (row,) = [row for row in map(json.loads, (save / "metrics.jsonl").open()) if "loss_spike" in row]
+    assert row["iteration"] == 39
+    assert row["sample_ids"] == [[152, 155]] == [[first[38][0], first[38][-1]]]
+
+    shutil.rmtree(save / "iter_0000040")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        outputs = []
+        again = ids_read(patch, lambda: outputs.append(run_here([*flags, "--skip-samples", "152-155"])))
+    assert again == [*first[36:38], [156, 157, 158, 159], [160, 161, 162, 163]]
+    assert "--skip-samples" not in outputs[0].stderr
+
+
+def test_checking_changes_nothing_and_ends_a_run_with_status_4(
+    byte_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def run(save: str, *more: str):
+        flags = [*TINY, *DROPOUT, "--data-path", str(byte_dataset), "--train-iters", "6", "--eval-iters", "0"]
+        return run_here([*flags, "--save", str(tmp_path / save), *more])
+
+    assert run("plain").returncode == 0
+    assert run("checked", "--check-determinism-interval", "2").returncode == 0
+    expected = checkpoint_tensors(tmp_path / "plain")
+    for name, tensor in checkpoint_tensors(tmp_path / "checked").items():
+        assert torch.equal(tensor, expected[name]), name
+
+    monkeypatch.setattr(DistributedModel, "seed_dropout", lambda model, step: None)  # masks go on and on
+    failed = run("failed", "--check-determinism-interval", "2")
+    assert failed.returncode == 4
+    assert (
+        "error: step 2 was computed twice from the same batch and came out differently: rank 0: loss (" in failed.stderr
+    )
+    assert not (tmp_path / "failed" / "finished").exists()

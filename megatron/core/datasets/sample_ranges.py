@@ -51,12 +51,17 @@ class SampleRanges:
             first_sample = max(first_sample, last + 1)
         return [*dealt, (first_sample, first_sample + count - 1)]
 
-    def too_late(self, next_sample: int) -> str | None:
-        """What to warn of when samples before `next_sample` have been dealt out already; None when all is well."""
-        late = [f"{first}-{last}" for first, last in self.ranges if first < next_sample]
-        if not late:
+    def too_late(self, next_sample: int, dealt_out: int) -> str | None:
+        """What to warn of when ids below `next_sample` are in the ranges but were not left out; None when all is well.
+
+        Args:
+            next_sample: The first id not dealt out yet.
+            dealt_out: How many ids have been; those below `next_sample` that are missing were left out.
+        """
+        late = [(first, min(last + 1, next_sample) - first) for first, last in self.ranges if first < next_sample]
+        if sum(count for _, count in late) <= next_sample - dealt_out:
             return None
         return (
-            f"--skip-samples {' '.join(late)}: samples up to {next_sample - 1} have been dealt out already and stay "
-            "trained on; continue from an earlier checkpoint (--ckpt-step) to leave them out"
+            f"--skip-samples: some of {' '.join(f'{first}-{first + count - 1}' for first, count in late)} have been "
+            "trained on already; continue from an earlier checkpoint (--ckpt-step) to leave them out"
         )

@@ -72,7 +72,16 @@ def test_evaluation_is_not_concerned():
 
 def test_ranges_behind_the_position_are_warned_about():
     skipped = SampleRanges.parse(["0-3", "8-12", "20-29"])
-    assert skipped.too_late(0) is None
-    warning = skipped.too_late(10)
-    assert warning is not None and warning.startswith("--skip-samples 0-3 8-12: samples up to 9 ")
+    assert skipped.too_late(0, 0) is None
+    warning = skipped.too_late(10, 10)
+    assert warning is not None and warning.startswith("--skip-samples: some of 0-3 8-9 have been trained on")
     assert dealt_out(skipped, 1, 4, 1, num_steps=3, start=10) == [13, 14, 15, 16, 17, 18, 19, 30, 31, 32, 33, 34]
+
+
+def test_a_run_that_left_them_out_is_not_warned_when_it_continues():
+    loader = T5Loader(None, 1, 4, skipped=SampleRanges.parse(["0-3", "8-12", "20-29"]))
+    start = 0
+    for step in range(10):
+        assert loader.skipped.too_late(start, 4 * step) is None
+        start = loader.next_sample(start)
+    assert loader.skipped.too_late(start, 4 * 10 + 1) is not None
