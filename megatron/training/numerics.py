@@ -136,8 +136,8 @@ class Spike:
     def __str__(self) -> str:
         samples = " ".join(f"{first}-{last}" for first, last in self.sample_ranges)
         return (
-            f"step {self.iteration}: loss {self.loss:.4f} is {(self.loss - self.mean) / self.std:.1f} standard "
-            f"deviations above the mean {self.mean:.4f} before it, samples {samples}"
+            f"step {self.iteration}: loss {self.loss:.4f} is far above the mean {self.mean:.4f} before it (standard "
+            f"deviation {self.std:.4f}), samples {samples}"
         )
 
 
