@@ -88,6 +88,9 @@ class Trainer:
         # Mistakes that need no model show before there is one.
         self.warnings = [] if start is None else check_compatible(start, config, self.description)
         self._plan()
+        skipped = SampleRanges.parse(training.skip_samples)
+        if late := skipped.too_late(self.progress.next_sample, self.progress.consumed_samples):
+            self.warnings.append(late)
         lengths = data.train.encoder_length, data.train.decoder_length
         plan = plan_stages(config, context, *lengths, self.num_microbatches)
         self.model = DistributedModel(config, context, plan, self.num_microbatches)
@@ -95,7 +98,7 @@ class Trainer:
         synchronize = None if self.model.shared is None else self.model.shared.synchronize
         self.optimizer = build_optimizer(config.optimizer, self.parameters, context, synchronize)
         self.loss_scaler = LossScaler(config.optimizer, enabled=config.compute.fp16)
-        self.train_loader = self._loader(data.train, SampleRanges.parse(training.skip_samples))
+        self.train_loader = self._loader(data.train, skipped)
         self.flops_per_sample = training_flops_per_sequence(config.model, *lengths)
         self.peak_tflops = device_peak_tflops(context.device, config.logging)
         self.sinks: list[Sink] = []
