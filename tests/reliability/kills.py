@@ -71,7 +71,7 @@ class Trial:
         """One in ten is real; the others go through layouts, kinds of saves and aims in turn."""
         tens, ones = divmod(number, 10)
         real, aimed, asynchronous = ones == tens % 10, number % 2 == 1, number // 2 % 2 == 1
-        layout = list(LAYOUTS)[tens % 2 if real else number // 4 % len(LAYOUTS)]
+        layout = list(LAYOUTS)[tens // 2 % 2 if real else number // 4 % len(LAYOUTS)]
         ranks = LAYOUTS[layout][0]
         random_number = random.Random(f"victim {seed} {number}")
         single = ranks > 1 and (real or random_number.random() < 0.5)
