@@ -388,12 +388,6 @@ class Trainer:
             warn(warning, self.context.is_main)
         load_starting_point(start, self.optimizer)
         self.loss_scaler.load_state(self.progress.loss_scaler)
-        if self.progress.consumed_samples != self.progress.iteration * self.global_batch_size:
-            warn(
-                f"the global batch size is {self.global_batch_size}, but {self.progress.iteration} steps took "
-                f"{self.progress.consumed_samples} samples so far",
-                self.context.is_main,
-            )
 
     def _open_outputs(self) -> None:
         """The save directory with its tokenizer, and the reports."""
