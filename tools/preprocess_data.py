@@ -1,7 +1,8 @@
 """Tokenize text into the indexed datasets that pretrain_t5.py reads.
 
 Writes `<output-prefix>_<key>_document.bin`, `.idx` and `.json` for each JSON key, and a copy of the tokenizer in
-`<output-prefix>_<key>_document_tokenizer/`. Exit status: 0 done, 1 an input or flag value is wrong, 2 unknown flag.
+`<output-prefix>_<key>_document_tokenizer/`. Exit status: 0 done, 1 an input or flag value is wrong, 2 unknown flag,
+128 + n stopped by signal n.
 """
 
 from __future__ import annotations

@@ -2,19 +2,24 @@
 
 The model has T5's special pieces (pad 0, eos 1, unk 2, no bos) and normalization. Sentinels are not part of it: they
 are added behind its pieces when it is used, so that no text can contain one. The same input, flags and version of
-SentencePiece give the same model. Exit status: 0 done, 1 an input or flag value is wrong, 2 unknown flag.
+SentencePiece give the same model. Exit status: 0 done, 1 an input or flag value is wrong, 2 unknown flag, 128 + n
+stopped by signal n.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import random
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from megatron.core.datasets.corpus_reader import find_sources, parse_records, read_chunks
 from megatron.core.errors import UserError
@@ -114,7 +119,8 @@ def train(flags: argparse.Namespace) -> bytes:
     lines = sample(iterate_lines(flags), flags.input_sentence_size, flags.seed)
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        in_thread(
+            sentencepiece.SentencePieceTrainer.train,
             sentence_iterator=iter(lines),
             model_writer=model,
             model_type=flags.model_type,
@@ -129,6 +135,23 @@ def train(flags: argparse.Namespace) -> bytes:
     except RuntimeError as error:
         raise UserError(explain(str(error), flags)) from error
     return model.getvalue()
+
+
+def in_thread(function: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function that runs for long outside of Python, in a thread, so that signals are handled meanwhile.
+
+    After a signal it still runs: the program has to end by `os._exit`.
+    """
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(**arguments))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future.result()
 
 
 def explain(message: str, flags: argparse.Namespace) -> str:
@@ -180,4 +203,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # not sys.exit: see in_thread

@@ -404,9 +404,15 @@ def format_config(config: RunConfig, sources: dict[str, str]) -> str:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise KeyboardInterrupt as SIGINT does, with their number; later ones do not disturb."""
+    """SIGTERM and SIGUSR1 raise KeyboardInterrupt as SIGINT does, with their number.
+
+    From then on all are ignored, so that neither the clean-up nor the exit status is disturbed by a second one.
+    """
+    interrupted = False
 
     def interrupt(number: int, frame: object) -> NoReturn:
+        nonlocal interrupted
+        interrupted = True
         for caught in before:
             signal.signal(caught, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
@@ -418,8 +424,9 @@ def _signals_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not interrupted:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def exit_status(program: Callable[[], object], output: str, interrupted: str) -> int:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -390,13 +391,13 @@ def test_reading_one_long_record_takes_linear_time(tmp_path: Path, sample_by: An
 
 def test_a_worker_that_dies_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in.txt").write_text("one\n" * 1000)
-    monkeypatch.setattr(preprocessing, "_tokenize_in_worker", _die)
-    with pytest.raises(UserError, match="worker process died"):
+    monkeypatch.setattr(preprocessing, "_work", _die)
+    with pytest.raises(UserError, match=r"worker process died \(status 9;"):
         run(tmp_path / "in.txt", tmp_path / "x", workers=2)
     assert names(tmp_path) == {"in.txt"}
 
 
-def _die(chunk: Any) -> None:
+def _die(connection: Any, config: Any) -> None:
     os._exit(9)
 
 
@@ -412,15 +413,19 @@ def test_workers_end_with_a_killed_parent_and_the_next_run_is_whole(tmp_path: Pa
         assert len(children) >= 2
         process.kill()
         process.wait()
-    deadline = time.monotonic() + 20
-    while any(_running(child) for child in children):
-        assert time.monotonic() < deadline, "workers outlived their parent"
-        time.sleep(0.05)
+    wait_for_the_end_of(children)
     assert names(tmp_path) == {"in.txt", "x_text_document.bin.partial"}
     pipe.unlink()
     pipe.write_text("one\n")
     run(pipe, tmp_path / "x")
     assert texts_of(tmp_path / "x") == ["one"] and "x_text_document.bin.partial" not in names(tmp_path)
+
+
+def wait_for_the_end_of(processes: list[str]) -> None:
+    deadline = time.monotonic() + 20
+    while any(map(_running, processes)):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.05)
 
 
 def _running(process: str) -> bool:
@@ -451,8 +456,13 @@ def test_command_line(tmp_path: Path) -> None:
     assert all(flag in help_text for flag in ("--json-keys", "--on-error", "--vocab-extra-ids", "--text-sample-by"))
 
 
-def test_interrupted(tmp_path: Path) -> None:
-    """Ctrl-C, which reaches the workers too: the run says so, and nothing is left."""
+@pytest.mark.parametrize(
+    ("number", "kill"),
+    [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.killpg), (signal.SIGUSR1, os.killpg), (signal.SIGTERM, os.kill)],
+    ids=["ctrl-c", "term-all", "usr1-all", "term-one"],
+)
+def test_stopped_by_a_signal(tmp_path: Path, number: int, kill: Callable[[int, int], None]) -> None:
+    """To all processes, as a terminal or a scheduler sends it, or to the program alone: it says so, nothing is left."""
     pipe = tmp_path / "in.txt"
     os.mkfifo(pipe)
     flags = ["--input", pipe, "--output-prefix", tmp_path / "x", "--tokenizer-type", "ByteTokenizer", "--workers", "2"]
@@ -462,10 +472,35 @@ def test_interrupted(tmp_path: Path) -> None:
     with pipe.open("wb") as writer:
         writer.write((b"text " * 2000 + b"\n") * 750)  # 7 chunks: the first result was waited for, so a worker runs
         time.sleep(0.5)  # until the program waits for more
-        os.killpg(process.pid, signal.SIGINT)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        kill(process.pid, number)
+        time.sleep(0.1)
+        kill(process.pid, number)  # a second one does not disturb the clean-up
         _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors.splitlines()[-1] == "interrupted; nothing unfinished is left"
+    assert process.returncode == 128 + number and errors.splitlines()[-1] == "interrupted; nothing unfinished is left"
     assert names(tmp_path) == {"in.txt"}
+    wait_for_the_end_of(children)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_signal_while_publishing_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    (tmp_path / "in.txt").write_text("old\n")
+    if overwrite:
+        run(tmp_path / "in.txt", tmp_path / "x")
+    publish = preprocessing.IndexedDatasetWriter.publish
+
+    def signalled(self: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        publish(self)
+
+    monkeypatch.setattr(preprocessing.IndexedDatasetWriter, "publish", signalled)
+    (tmp_path / "in.txt").write_text("new\n")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "in.txt", tmp_path / "x", overwrite=overwrite)
+    assert texts_of(tmp_path / "x") == ["new"]
+    assert not [name for name in names(tmp_path) if "partial" in name]
 
 
 def test_workers_import_no_torch(tmp_path: Path) -> None:

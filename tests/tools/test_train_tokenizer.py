@@ -83,6 +83,34 @@ def test_interrupted(
     assert capsys.readouterr().err == "interrupted; nothing was written\n" and not list(tmp_path.iterdir())
 
 
+def test_a_signal_ends_the_training_outside_of_python(corpus: Path, tmp_path: Path) -> None:
+    flags = [
+        "--input",
+        str(corpus),
+        "--json-keys",
+        "text",
+        "--output",
+        str(tmp_path / "x.model"),
+        "--vocab-size",
+        "900",
+    ]
+    script = (
+        "import os, runpy, sentencepiece, signal, sys, threading\n"
+        "lines = ['the same line again and again'] * 20000\n"
+        "train = sentencepiece.SentencePieceTrainer.train\n"
+        "def signalled(**arguments):\n"
+        "    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    while True:\n"  # a training that never ends
+        "        train(**arguments | {'sentence_iterator': iter(lines)})\n"
+        "sentencepiece.SentencePieceTrainer.train = signalled\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    script = f"import sys; sys.argv = {[str(TOOL), *flags]!r}\n{script}"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (process.returncode, process.stderr) == (143, "interrupted; nothing was written\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_is_reproducible(tool: ModuleType, corpus: Path, tmp_path: Path) -> None:
     """The same lines give the same model, from another file and compressed too; another sample gives another."""
     copy = tmp_path / "copy.jsonl.gz"

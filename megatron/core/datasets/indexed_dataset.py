@@ -14,8 +14,8 @@
     byte 34+12S+8D   int8[S]    modes, in multimodal datasets only
 
 Both files are byte-compatible with Megatron-LM's, in both directions. Beside them, data written here has
-`<prefix>.json`, a manifest that tells which tokenizer made the ids. Reference: Megatron-LM,
-`megatron/core/datasets/indexed_dataset.py`.
+`<prefix>.json`, a manifest that tells which tokenizer made the ids, and the checksums of all files, its own included.
+Reference: Megatron-LM, `megatron/core/datasets/indexed_dataset.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import os
 import shutil
 import struct
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -39,11 +40,13 @@ from megatron.core.errors import UserError
 from megatron.core.file_utils import fsync_directory, partial_path, write_durably
 
 MANIFEST_FORMAT = "megatron-t5 indexed dataset"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+UNCHECKED_MANIFEST_VERSION = 1  # of manifests without checksums
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
+HEADER_BYTES = _HEADER.size
 _DTYPES: dict[int, np.dtype] = {
     code: np.dtype(name)
     for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
@@ -96,6 +99,12 @@ def remove_dataset(prefix: str | Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def encode_manifest(content: dict[str, Any]) -> bytes:
+    """JSON text of a manifest's `content` and of its checksum, which is the last entry."""
+    checksum = zlib.crc32(json.dumps(content).encode())
+    return (json.dumps(content | {"manifest_crc32": checksum}, indent=2) + "\n").encode()
+
+
 class IndexedDataset:
     """Memory-mapped reader. Opening takes constant time and memory whatever the size of the corpus.
 
@@ -125,7 +134,7 @@ class IndexedDataset:
         self.dtype, self.num_sequences, num_indices = self._parse_header(index)
         self.num_documents = num_indices - 1
         sequences = self.num_sequences
-        lengths_at = _HEADER.size
+        lengths_at = HEADER_BYTES
         pointers_at, documents_at = lengths_at + 4 * sequences, lengths_at + 12 * sequences
         self.sequence_lengths = np.frombuffer(index, "<i4", sequences, lengths_at)
         self.sequence_pointers = np.frombuffer(index, "<i8", sequences, pointers_at)
@@ -164,8 +173,12 @@ class IndexedDataset:
         if not 0 <= document <= self.num_documents:
             raise IndexError(f"document {document} of {self.num_documents}")
         sequence = int(self.document_indices[document])
-        if not 0 <= sequence <= self.num_sequences:
-            raise self._damaged(f"document {document} starts at sequence {sequence}", f"0 to {self.num_sequences}")
+        if (self.manifest or {}).get("one_sequence_per_document") and sequence != document:
+            raise self._damaged(f"document {document} starts at sequence {sequence}", f"sequence {document}")
+        around = [int(n) for n in self.document_indices[max(document - 1, 0) : document + 2]]
+        if around != sorted(around) or not 0 <= sequence <= self.num_sequences:
+            found = f"documents around {document} start at sequences {', '.join(map(str, around))}"
+            raise self._damaged(found, f"ascending ones from 0 to {self.num_sequences}")
         return self.num_tokens if sequence == self.num_sequences else self._token_offset(sequence)
 
     def _token_offset(self, sequence: int) -> int:
@@ -200,8 +213,8 @@ class IndexedDataset:
 
     def _parse_header(self, index: mmap.mmap | bytes) -> tuple[np.dtype, int, int]:
         """dtype, number of sequences and number of document indices, checked against the file's size."""
-        if len(index) < _HEADER.size:
-            raise self._damaged(f"{len(index)} bytes", f"a header of {_HEADER.size}")
+        if len(index) < HEADER_BYTES:
+            raise self._damaged(f"{len(index)} bytes", f"a header of {HEADER_BYTES}")
         magic, version, code, sequences, indices = _HEADER.unpack_from(index)
         if magic != _MAGIC:
             raise self._damaged(f"it starts with {magic!r}", f"{_MAGIC!r}")
@@ -213,7 +226,7 @@ class IndexedDataset:
             raise self._damaged(f"dtype code {code}", f"one of {sorted(_DTYPES)}")
         if indices < 1:
             raise self._damaged("no document index", "at least 1")
-        size = _HEADER.size + 12 * sequences + 8 * indices
+        size = HEADER_BYTES + 12 * sequences + 8 * indices
         if len(index) not in (size, size + sequences):  # the second with multimodal modes
             raise self._damaged(f"{len(index)} bytes", f"{size} for {sequences} sequences, {indices} document indices")
         return _DTYPES[code], sequences, indices
@@ -248,16 +261,17 @@ class IndexedDataset:
     def _read_manifest(self) -> dict[str, Any] | None:
         path = manifest_path(self.prefix)
         try:
-            manifest = json.loads(path.read_bytes())
+            content = path.read_bytes()
+            manifest = json.loads(content)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({error}); restore it or preprocess the corpus again") from error
         if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
             raise UserError(f"{path} is not the manifest of a dataset; move it away or preprocess the corpus again")
-        if manifest.get("version") != MANIFEST_VERSION:
+        if manifest.get("version") not in (MANIFEST_VERSION, UNCHECKED_MANIFEST_VERSION):
             raise UserError(
                 f"{path} has version {manifest.get('version')}, this program reads {MANIFEST_VERSION}; "
                 "use the release that wrote it or preprocess the corpus again"
@@ -268,6 +282,10 @@ class IndexedDataset:
                     f"{path} says {key} {manifest.get(key)}, the dataset has {found}; "
                     "it belongs to other data: copy all files again or preprocess the corpus again"
                 )
+        if manifest["version"] == MANIFEST_VERSION:
+            manifest.pop("manifest_crc32", None)
+            if content != encode_manifest(manifest):
+                raise UserError(f"{path} is damaged or was edited; restore it or preprocess the corpus again")
         return manifest
 
     def _counts(self) -> dict[str, Any]:
@@ -283,6 +301,22 @@ def _manifest_counts(dtype: np.dtype, tokens: int, sequences: int, documents: in
         "num_documents": documents,
         "bin_bytes": tokens * dtype.itemsize,
     }
+
+
+class _ChecksummedFile:
+    """Writes to a file; knows the bytes and the CRC-32 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.bytes = self.crc32 = 0
+
+    def write(self, block: Any) -> None:
+        self._file.write(block)
+        self.crc32 = zlib.crc32(block, self.crc32)
+        self.bytes += memoryview(block).nbytes
+
+    def describe(self) -> dict[str, int]:
+        return {"bytes": self.bytes, "crc32": self.crc32}
 
 
 class IndexedDatasetWriter:
@@ -314,11 +348,14 @@ class IndexedDatasetWriter:
         if idx_path(prefix).exists() and not overwrite:
             raise UserError(f"{idx_path(prefix)} exists; give another --output-prefix, or --overwrite to replace it")
         self.num_tokens = self.num_sequences = self.num_documents = 0
+        self._one_sequence_per_document = True
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._partial_bin = partial_path(bin_path(prefix))
         self._partial_idx = partial_path(idx_path(prefix))
         self._partial_manifest = partial_path(manifest_path(prefix))
+        self._other_partials: list[Path] = []
         self._bin: BinaryIO = self._partial_bin.open("ab")
+        self._bin_content = _ChecksummedFile(self._bin)
         try:
             self._claim()
             # Lengths and document ends wait in unnamed files: lists of them would outgrow memory on large corpora.
@@ -382,7 +419,8 @@ class IndexedDatasetWriter:
         """Write index and manifest under temporary names and wait until everything is on the disk.
 
         Args:
-            manifest: Further entries for `<prefix>.json` (format, version and counts are added); None writes no file.
+            manifest: Further entries for `<prefix>.json` (format, version, counts and checksums are added); None
+                writes no file.
 
         Raises:
             UserError: no token was added.
@@ -390,12 +428,19 @@ class IndexedDatasetWriter:
         if self.num_tokens == 0:
             raise UserError(f"{self.prefix}: empty corpus, no tokens to write; check the input and its key")
         counts = _manifest_counts(self.dtype, self.num_tokens, self.num_sequences, self.num_documents)
-        self._write_index()
+        index_content = self._write_index()
         self._bin.flush()
         os.fsync(self._bin.fileno())
         if manifest is not None:
-            content = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **counts, **manifest}
-            write_durably(self._partial_manifest, (json.dumps(content, indent=2) + "\n").encode())
+            content = {
+                "format": MANIFEST_FORMAT,
+                "version": MANIFEST_VERSION,
+                **counts,
+                "one_sequence_per_document": self._one_sequence_per_document,
+                "files": {"bin": self._bin_content.describe(), "idx": index_content},
+                **manifest,
+            }
+            write_durably(self._partial_manifest, encode_manifest(content))
         self._has_manifest = manifest is not None
 
     def publish(self) -> None:
@@ -409,9 +454,15 @@ class IndexedDatasetWriter:
         fsync_directory(self.prefix.parent)
         self._close()
 
+    def discards(self, directory: Path) -> None:
+        """Let `discard` remove this directory too, which goes under its final name before `publish`."""
+        self._other_partials.append(directory)
+
     def discard(self) -> None:
         """Remove what was written and not published; nothing to do after `finalize`."""
         if not self._bin.closed:
+            for directory in self._other_partials:
+                shutil.rmtree(directory, ignore_errors=True)
             for partial in (self._partial_bin, self._partial_idx, self._partial_manifest):
                 partial.unlink(missing_ok=True)
             self._close()
@@ -456,18 +507,22 @@ class IndexedDatasetWriter:
                 f"{self.prefix}: a sequence of {lengths.max()} tokens is beyond the format's 2**31 - 1; split it"
             )
         assert int(lengths.sum()) == ids.size, "lengths must add up to the number of ids"
-        self._bin.write(np.ascontiguousarray(ids).data)
+        self._bin_content.write(np.ascontiguousarray(ids).data)
         self._lengths.write(lengths.astype("<i4").tobytes())
         self.num_tokens += ids.size
         self.num_sequences += lengths.size
 
     def _end_documents(self, ends: npt.NDArray[np.int64]) -> None:
+        alone = np.arange(self.num_documents + 1, self.num_documents + ends.size + 1)
+        self._one_sequence_per_document &= bool(np.array_equal(ends, alone))
         self._document_ends.write(ends.astype("<i8").tobytes())
         self.num_documents += ends.size
 
-    def _write_index(self) -> None:
+    def _write_index(self) -> dict[str, int]:
+        """Write the index; returns its bytes and checksum."""
         assert self._code is not None
-        with self._partial_idx.open("wb") as index:
+        with self._partial_idx.open("wb") as file:
+            index = _ChecksummedFile(file)
             index.write(_HEADER.pack(_MAGIC, _VERSION, self._code, self.num_sequences, self.num_documents + 1))
             self._lengths.seek(0)
             shutil.copyfileobj(self._lengths, index, 4 * _BLOCK)
@@ -480,8 +535,9 @@ class IndexedDatasetWriter:
             index.write(np.zeros(1, "<i8").tobytes())
             self._document_ends.seek(0)
             shutil.copyfileobj(self._document_ends, index, 8 * _BLOCK)
-            index.flush()
-            os.fsync(index.fileno())
+            file.flush()
+            os.fsync(file.fileno())
+        return index.describe()
 
     def _close(self) -> None:
         for file in (self._bin, self._lengths, self._document_ends):

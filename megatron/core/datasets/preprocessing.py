@@ -16,14 +16,16 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
@@ -53,6 +55,8 @@ from megatron.core.tokenizers import Tokenizer, build_tokenizer, require_replace
 
 _CHUNKS_PER_WORKER = 3  # under way at a time: one in work, one waiting, one whose result waits for its turn
 _MESSAGES_PER_REASON = 3  # of skipped records; the rest is only counted
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # those that end a tool (megatron/training/arguments.py)
+_EXIT_STATUS_WITHIN_S = 1.0
 
 
 @dataclass(kw_only=True)
@@ -183,7 +187,8 @@ def preprocess(config: PreprocessConfig, log: TextIO | None = None) -> Preproces
     progress = _Progress(sources, stats, config.log_interval, log)
     dtype = optimal_dtype(tokenizer.vocab_size)
     with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedDatasetWriter(p, dtype, config.overwrite)) for p in prefixes]
+        with _signals_wait():
+            writers = [stack.enter_context(IndexedDatasetWriter(p, dtype, config.overwrite)) for p in prefixes]
         results = _tokenized_chunks(config, sources, tokenizer)
         stack.callback(results.close)
         for chunk, result in results:
@@ -200,11 +205,12 @@ def preprocess(config: PreprocessConfig, log: TextIO | None = None) -> Preproces
         # All that takes disk space comes before the first old dataset goes.
         for key, writer in zip(config.json_keys, writers, strict=True):
             directory = partial_path(_tokenizer_directory(writer.prefix))
-            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            writer.discards(directory)
             tokenizer.save(directory)
             writer.prepare(_manifest(config, key, writer.prefix, tokenizer, sources))
-        for writer in writers:
-            _publish(writer)
+        with _signals_wait():
+            for writer in writers:
+                _publish(writer)
     progress.finish()
     return stats
 
@@ -242,6 +248,10 @@ def _manifest(
         "inputs": [{"name": source.path.name, "bytes": source.size} for source in sources],
         "tokenizer": tokenizer.describe(),
         "tokenizer_directory": _tokenizer_directory(prefix).name,
+        "tokenizer_files": {
+            path.name: {"bytes": path.stat().st_size, "crc32": zlib.crc32(path.read_bytes())}
+            for path in sorted(partial_path(_tokenizer_directory(prefix)).iterdir())
+        },
     }
 
 
@@ -287,66 +297,128 @@ def _tokenized_chunks(
         for n, chunk in chunks:
             yield (n, chunk), tokenize_chunk(chunk, tokenizer, config)
         return
-    # "spawn": a forked child would inherit the locks of whatever threads the caller runs.
-    executor = ProcessPoolExecutor(
-        config.workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(config,)
-    )
+    workers = _Workers(config)
     try:
-        waiting: deque[tuple[tuple[int, Chunk], Future[TokenizedChunk]]] = deque()
-        for n, chunk in chunks:
-            with _interrupts_held_back():
-                waiting.append(((n, chunk), executor.submit(_tokenize_in_worker, chunk)))
-            if len(waiting) >= _CHUNKS_PER_WORKER * config.workers:
-                oldest, future = waiting.popleft()
-                yield oldest, future.result()
-        while waiting:
-            oldest, future = waiting.popleft()
-            yield oldest, future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"--workers {config.workers}: a worker process died (out of memory?); nothing was written; use fewer"
-        ) from error
+        yield from workers.tokenize(chunks)
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        workers.end()
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C waits until the block is left. A worker that starts in it inherits that, until it ignores Ctrl-C."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_blocked() -> Iterator[None]:
+    """Signals wait until the block is left. A worker that starts in it inherits that, until `_work`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Worker(NamedTuple):
-    tokenizer: Tokenizer
-    config: PreprocessConfig
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals are handled when the block is left, whichever thread they reach."""
+    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
+        yield
+        return
+    arrived: list[int] = []
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number in before:
+        signal.signal(number, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
-_worker: _Worker | None = None  # set once in each worker process: a tokenizer is too large to travel with every chunk
+class _Workers:
+    """Processes that tokenize chunks, each with a pipe of its own.
+
+    A worker that dies, even in the middle of a result, is the end of its pipe. (The results of a `ProcessPoolExecutor`
+    share one, which then can wait for ever.)
+    """
+
+    def __init__(self, config: PreprocessConfig) -> None:
+        # "spawn": a forked child would inherit the locks of whatever threads the caller runs.
+        context = multiprocessing.get_context("spawn")
+        self._processes: dict[Connection, SpawnProcess] = {}
+        for _ in range(config.workers):
+            ours, theirs = context.Pipe()
+            with _signals_blocked(), theirs:
+                process = context.Process(target=_work, args=(theirs, config), daemon=True)
+                process.start()
+            self._processes[ours] = process
+
+    def tokenize(self, chunks: Iterator[tuple[int, Chunk]]) -> Iterator[tuple[tuple[int, Chunk], TokenizedChunk]]:
+        """The chunks in order, each with its number of the source and its ids."""
+        under_way: deque[tuple[int, Chunk]] = deque()
+        results: dict[int, TokenizedChunk] = {}  # by number of the chunk
+        sent: dict[Connection, deque[int]] = {connection: deque() for connection in self._processes}
+        taken = 0  # results that were given out
+
+        def next_result() -> tuple[tuple[int, Chunk], TokenizedChunk]:
+            nonlocal taken
+            while taken not in results:
+                for connection in wait([connection for connection, numbers in sent.items() if numbers]):
+                    assert isinstance(connection, Connection)
+                    with self._death_reported(connection):
+                        results[sent[connection].popleft()] = connection.recv()
+            taken += 1
+            return under_way.popleft(), results.pop(taken - 1)
+
+        for number, (source, chunk) in enumerate(chunks):
+            idlest = min(sent, key=lambda connection: len(sent[connection]))
+            with self._death_reported(idlest):
+                idlest.send(chunk)
+            sent[idlest].append(number)
+            under_way.append((source, chunk))
+            if len(under_way) >= _CHUNKS_PER_WORKER * len(sent):
+                yield next_result()
+        while under_way:
+            yield next_result()
+
+    def end(self) -> None:
+        """End all processes, whatever they do."""
+        for process in self._processes.values():
+            process.kill()
+        for connection, process in self._processes.items():
+            process.join()
+            connection.close()
+
+    @contextmanager
+    def _death_reported(self, connection: Connection) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            process = self._processes[connection]
+            process.join(_EXIT_STATUS_WITHIN_S)
+            raise UserError(
+                f"--workers {len(self._processes)}: a worker process died (status {process.exitcode}; out of memory?); "
+                "nothing was written; use fewer"
+            ) from error
 
 
-def _start_worker(config: PreprocessConfig) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Worker(build_tokenizer(config.tokenizer), config)
+def _work(connection: Connection, config: PreprocessConfig) -> None:
+    """What a worker process does: for each chunk that comes, send what `tokenize_chunk` gives."""
+    for number in _SIGNALS:  # they are the main process's to handle
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    chunks: SimpleQueue[Chunk] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, chunks), daemon=True).start()
+    tokenizer = build_tokenizer(config.tokenizer)
+    while True:
+        connection.send(tokenize_chunk(chunks.get(), tokenizer, config))
 
 
-def _end_with_parent() -> None:
-    """A worker would wait for work for ever after its parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _tokenize_in_worker(chunk: Chunk) -> TokenizedChunk:
-    assert _worker is not None
-    return tokenize_chunk(chunk, _worker.tokenizer, _worker.config)
+def _receive(connection: Connection, chunks: SimpleQueue[Chunk]) -> None:
+    """Take chunks as they come, so that the main process never waits to send one; end with it."""
+    try:
+        while True:
+            chunks.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(1)
 
 
 class _Progress:

@@ -8,6 +8,7 @@ import pickle
 import random
 import struct
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -226,8 +227,8 @@ def test_truncated_or_grown_files(tmp_path: Path) -> None:
         (26, struct.pack("<Q", 0), ["no document index"]),
         (34 + 4 * 7, struct.pack("<q", 8), ["sequence 0 starts at byte 8", "expected byte 0"]),
         (34 + 12 * 7, struct.pack("<q", 1), ["documents cover sequences 1 to 7", "0 to 7"]),
-        (34 + 12 * 7 + 8, struct.pack("<q", 99), ["document 1 starts at sequence 99", "0 to 7"]),
-        (34 + 12 * 7 + 8, struct.pack("<q", -1), ["document 1 starts at sequence -1"]),
+        (34 + 12 * 7 + 8, struct.pack("<q", 99), ["documents around 1 start at sequences 0, 99, 3", "0 to 7"]),
+        (34 + 12 * 7 + 8, struct.pack("<q", -1), ["documents around 0 start at sequences 0, -1,"]),
         (34 + 4 * 7 + 8, struct.pack("<q", 4), ["sequence 1 starts at byte 4", "byte 6"]),
         (34 + 12 * 7 + 40, struct.pack("<q", 6), ["documents cover sequences 0 to 6"]),
     ],
@@ -241,7 +242,7 @@ def test_damaged_index(tmp_path: Path, offset: int, content: bytes, expected: li
 
 
 def test_no_bit_flip_of_the_index_gives_wrong_tokens(tmp_path: Path) -> None:
-    """Each flip is refused, or moves a document border to another sequence; the format has no checksum for those."""
+    """Each flip is refused, or moves a document border to another sequence between its neighbours."""
     prefix = write(tmp_path / "a", DOCUMENTS)
     whole = idx_path(prefix).read_bytes()
     documents_at = 34 + 12 * 7
@@ -258,6 +259,17 @@ def test_no_bit_flip_of_the_index_gives_wrong_tokens(tmp_path: Path) -> None:
         assert bit // 8 >= documents_at
         assert sequences == [s for document in DOCUMENTS for s in document]
         assert all(0 <= start <= 12 for start in starts)
+
+
+def test_no_bit_flip_moves_a_document_border_of_data_that_has_a_manifest(tmp_path: Path) -> None:
+    """One sequence a document, as all preprocessing writes it: then the borders are known."""
+    prefix = write(tmp_path / "a", [[[n]] for n in range(6)], manifest={})
+    whole = idx_path(prefix).read_bytes()
+    for bit in range(8 * (34 + 12 * 6), 8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        idx_path(prefix).write_bytes(flipped)
+        refused(prefix, "a.idx is damaged")
 
 
 def test_bin_of_another_index(tmp_path: Path) -> None:
@@ -280,7 +292,11 @@ def test_manifest_of_other_data(tmp_path: Path) -> None:
         "dtype": "uint16", "num_tokens": 12, "num_sequences": 7, "num_documents": 5, "bin_bytes": 24,
     }  # fmt: skip
     assert manifest["append_eod"] is True
+    assert manifest["files"]["bin"] == {"bytes": 24, "crc32": zlib.crc32(bin_path(prefix).read_bytes())}
+    assert manifest["files"]["idx"] == {"bytes": 166, "crc32": zlib.crc32(idx_path(prefix).read_bytes())}
+    assert manifest["one_sequence_per_document"] is False
     for change, expected in (
+        ({"append_eod": False}, "damaged or was edited"),
         ({"num_tokens": 13}, "num_tokens 13, the dataset has 12"),
         ({"dtype": "int32"}, "dtype int32, the dataset has uint16"),
         ({"version": 99}, "version 99"),
@@ -288,9 +304,22 @@ def test_manifest_of_other_data(tmp_path: Path) -> None:
     ):
         manifest_path(prefix).write_text(json.dumps(manifest | change))
         refused(prefix, expected)
-    for content in ("{", "\x00", "[]"):
+    for content in ("{", "\x00", "[]", "[" * 100_000):
         manifest_path(prefix).write_text(content)
         refused(prefix, "a.json")
+    manifest_path(prefix).write_text(json.dumps(manifest | {"version": 1}))  # of releases without checksums
+    IndexedDataset(prefix)
+
+
+def test_no_bit_flip_of_the_manifest_is_accepted(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", DOCUMENTS, manifest={"name": "\u00e9"})
+    whole = manifest_path(prefix).read_bytes()
+    for bit in range(0, 8 * len(whole), 5):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        manifest_path(prefix).write_bytes(flipped)
+        with pytest.raises(UserError, match=r"a\.json"):
+            IndexedDataset(prefix)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
