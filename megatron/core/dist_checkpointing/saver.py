@@ -71,7 +71,7 @@ class CheckpointSaver:
         self.copies = HostCopies(context, self.group) if asynchronous else None
         self._thread: threading.Thread | None = None
         self._outcomes: deque[SaveOutcome] = deque()
-        atexit.register(self.wait)
+        atexit.register(self._before_exit)
 
     def prepare(self, tensors: CheckpointTensors) -> None:
         """Take the host memory that saving `tensors` needs, in the background; all ranks call it together.
@@ -120,16 +120,19 @@ class CheckpointSaver:
         return found
 
     def close(self, wait: bool = True) -> None:
-        """Wait for the running save and give the host memory back.
+        """Wait for the running save and give the host memory back; the end of the program does so otherwise.
 
-        Without `wait`, a running save is left to itself, which is for a process that is about to end because others
-        are gone: what it has not published by then is swept by the next run's first save.
+        Without `wait`, a running save is left to itself, which is for a process that is about to leave by `os._exit`
+        because others are gone: what it has not published by then is swept by the next run's first save.
         """
-        atexit.unregister(self.wait)
+        atexit.unregister(self._before_exit)
         if wait:
-            self.wait()
-            if self.copies is not None:
-                self.copies.close()
+            self._before_exit()
+
+    def _before_exit(self) -> None:
+        self.wait()
+        if self.copies is not None:
+            self.copies.close()
 
     def _write(self, iteration: int, tensors: CheckpointTensors, manifest: dict[str, Any]) -> None:
         save_checkpoint(self.root, iteration, tensors, manifest, self.context, group=self.group, **self.retention)
