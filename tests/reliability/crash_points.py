@@ -234,10 +234,16 @@ class CrashPoints:
 
     def trials(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """A trial for each crash point of each rank."""
-        paths = {path for call in below(self.root, self.record().calls()) for path in call.paths()}
+        calls = below(self.root, self.record().calls())
+        paths = {path for call in calls for path in call.paths()}
         paths |= {str(Path(path).parent) for path in paths} | {str(self.root)}
+        points = {
+            rank: kill_points(self.record([rank], tuple(sorted(paths))).calls()) for rank in range(self.variant.ranks)
+        }
+        number = sum(map(len, points.values()))
+        assert number >= sum(call.changes for call in calls) > 0, f"{number} crash points, {len(calls)} calls"
         for rank in range(self.variant.ranks):
-            for point in kill_points(self.record([rank], tuple(sorted(paths))).calls()):
+            for point in points[rank]:
                 yield f"{self.variant}, rank {rank}, {point[0]} {point[1]}", partial(self._try, rank, point, paths)
 
     def _try(self, rank: int, point: tuple[str, int], paths: set[str]) -> None:

@@ -18,8 +18,8 @@ CALLS = (
     "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat",
 )  # fmt: skip
 _ATTACHED = re.compile(r"strace: Process (\d+) attached")
-_LINE = re.compile(r"(\d+) (\w+)\((.*)\) += (-?\d+)")
-_UNFINISHED, _RESUMED = re.compile(r"(\d+) (.*) <unfinished \.\.\.>"), re.compile(r"(\d+) <\.\.\. \w+ resumed>(.*)")
+_LINE = re.compile(r"(\d+) +(\w+)\((.*)\) += (-?\d+)")
+_UNFINISHED, _RESUMED = re.compile(r"(\d+) +(.*) <unfinished \.\.\.>"), re.compile(r"(\d+) +<\.\.\. \w+ resumed>(.*)")
 _PATH = re.compile(r'(?:[0-9]+|AT_FDCWD)<([^>]*)>|"([^"]*)"')  # a descriptor with its path, or a string; all in hex
 
 
