@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +136,7 @@ def _read(path: Path, candidates: _Candidates) -> StartingPoint:
     manifest = read_manifest(path)
     del manifest["tensors"], manifest["files"]
     try:
-        saved = manifest["progress"]
-        progress = Progress(**{"next_sample": saved["consumed_samples"], **saved})
-        groups = [manifest["config"][name] for name in GROUPS]
-        if not all(isinstance(group, dict) for group in (*groups, manifest["tokenizer"], manifest["dataset"])):
-            raise TypeError
+        progress = _check_entries(manifest)
     except (KeyError, TypeError):
         raise CheckpointError(f"{path} is not a checkpoint of a training run; use another one") from None
     scope = candidates.scope
@@ -151,6 +147,19 @@ def _read(path: Path, candidates: _Candidates) -> StartingPoint:
     elif scope is Scope.NO_OPTIMIZER:
         progress = replace(progress, loss_scaler={})
     return StartingPoint(path, scope, manifest, progress, candidates.remark, candidates.warnings)
+
+
+def _check_entries(manifest: dict[str, Any]) -> Progress:
+    """The progress that a manifest records; KeyError or TypeError if it lacks what a run is started from."""
+    progress = Progress(**manifest["progress"])
+    groups = [manifest["config"][name] for name in GROUPS]
+    sizes = [manifest["global_batch_size"], manifest["config"]["model"]["vocab_size"]]
+    entries = {dict: [*groups, manifest["tokenizer"], manifest["dataset"], manifest["schedule"]], int: sizes}
+    for name, default in asdict(Progress()).items():
+        entries.setdefault(type(default), []).append(getattr(progress, name))
+    if not all(isinstance(entry, kind) for kind, values in entries.items() for entry in values):
+        raise TypeError
+    return progress
 
 
 def _candidates(config: CheckpointConfig) -> _Candidates | None:
@@ -286,7 +295,7 @@ def adopt_settings(
             )
         config.model.vocab_size = size
         config.check_vocabulary()
-    elif training.global_batch_size is None and "global_batch_size" in start.manifest:
+    elif training.global_batch_size is None:
         size, per_pass = start.manifest["global_batch_size"], training.micro_batch_size * dp_size
         if size % per_pass:
             raise UserError(
@@ -331,7 +340,7 @@ def check_compatible(start: StartingPoint, config: RunConfig, description: dict[
     )  # fmt: skip
     # As numbers, schedules are compared by `choose_schedule`.
     current["optimizer"] = {n: v for n, v in current["optimizer"].items() if not n.startswith(("lr", "min_lr"))}
-    saved["training"]["global_batch_size"] = start.manifest.get("global_batch_size")  # a flag, or what it defaulted to
+    saved["training"]["global_batch_size"] = start.manifest["global_batch_size"]  # a flag, or what it defaulted to
     groups = ("model", "compute", "optimizer", "training")
     differing = [text for group in groups for text in _differences(saved[group], current[group])]
     return [f"not as in the run that saved it: {', '.join(differing)}"] if differing else []
@@ -354,7 +363,7 @@ def choose_schedule(
         return schedule, []
     try:
         saved = LearningRateSchedule(**start.manifest["schedule"])
-    except (KeyError, TypeError):
+    except TypeError:
         raise CheckpointError(f"{start.path} does not record its learning-rate schedule; use another one") from None
     before, now = saved.describe(), schedule.describe()
     common = [name for name in before if name in now]
