@@ -267,9 +267,7 @@ class Trainer:
             if save and self.context.is_main:
                 mark_finished(save, progress)
             return 0
-        how = "the same command continues" if save else "nothing was saved: --save was not given"
-        say(f"stopped after step {progress.iteration}: {self.stop.reason}; {how}", self.context.is_main)
-        return 0 if save or self.stop.signal_number is None else 128 + self.stop.signal_number
+        return stopped(self.stop, progress.iteration, self.config, self.context)
 
     def report(self) -> None:
         """Write one row about the steps since the last report."""
@@ -428,6 +426,14 @@ class Trainer:
             sink.close()
 
 
+def stopped(stop: StopControl, iteration: int, config: RunConfig, context: ParallelContext) -> int:
+    """Say that a run stops after this step and why; returns its exit status."""
+    save = config.checkpoint.save
+    how = "the same command continues" if save else "nothing was saved: --save was not given"
+    say(f"stopped after step {iteration}: {stop.reason}; {how}", context.is_main)
+    return 0 if save or stop.signal_number is None else 128 + stop.signal_number
+
+
 def pretrain(config: RunConfig, vocab_size_given: bool = False) -> int:
     """Train as configured, in this process or in the process group that torchrun describes.
 
@@ -456,6 +462,8 @@ def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: b
         fit_vocabulary(config, data.tokenizer, given=vocab_size_given or takes_weights)
         for warning in data.warnings:
             warn(warning, context.is_main)
+        if stop.poll():  # verifying a checkpoint took its time; the loop asks again after making and loading the model
+            return stopped(stop, 0 if checkpoint is None else checkpoint.progress.iteration, config, context)
         trainer = Trainer(config, data, context, stop, checkpoint)
         trainer.watchdog = watchdog
         try:

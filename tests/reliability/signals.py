@@ -28,7 +28,9 @@ from tests.reliability.kills import difference, outcome
 T = TypeVar("T")
 
 PAUSED = str(Path(paused_program.__file__))
-GRACE_S = 30.0  # torchrun's: a run that has not saved by then is killed
+GRACE_S = 30.0  # torchrun's: a rank that has not ended by then is killed
+LAUNCHER_ENDS_WITHIN_S = 60.0  # after its ranks
+KILLED = "forcefully exiting"  # what torchrun says of such a rank
 BETWEEN_SIGNALS_S = 1.1  # closer ones count as one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -146,7 +148,8 @@ class Signals:
                 self._wait(job, Path(meeting), {"0"} if phase == "save" else set(map(str, range(ranks))), log)
                 self._send(trial, job)
                 (Path(meeting) / "go").touch()
-                assert job.ended(GRACE_S), f"not ended within {GRACE_S:.0f} s: {tail(log)}"
+                within = GRACE_S + (LAUNCHER_ENDS_WITHIN_S if trial.torchrun is not None else 0)
+                assert job.ended(within), f"not ended within {within:.0f} s: {tail(log)}"
             finally:
                 if not job.ended(0):
                     job.kill(None)
@@ -182,6 +185,7 @@ class Signals:
         by_launcher = trial.torchrun is not None and trial.target is None and ranks > 1
         wanted = [1] if by_launcher else [status] if trial.torchrun is not None else [status] * ranks
         assert statuses == wanted, f"statuses {statuses} instead of {wanted}: {tail(log)}"
+        assert KILLED not in log.read_text(), f"a rank outlived the grace of {GRACE_S:.0f} s: {tail(log)}"
         step, saved = stopped_after(trial, phase, before), newest(run)
         step = saved if step is None else step
         assert saved == step, f"step {saved} was saved, not {step}: {tail(log)}"
