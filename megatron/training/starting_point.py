@@ -320,7 +320,7 @@ def check_compatible(start: StartingPoint, config: RunConfig, description: dict[
     """
     path, saved, current = start.path, start.manifest["config"], config.to_dict()
     fixed = {name: value for name, value in current["model"].items() if name not in CHANGEABLE_MODEL_FIELDS}
-    _refuse(path, "is of another architecture", saved["model"], fixed, "use its flags or another --save")
+    _refuse(path, "is of another architecture", saved["model"], fixed, "use its flags, as --use-checkpoint-args does")
     if start.scope is Scope.WEIGHTS:
         differing = list(_differences(start.manifest["tokenizer"], description["tokenizer"]))
         return [f"not the tokenizer of the weights: {', '.join(differing)}"] if differing else []
