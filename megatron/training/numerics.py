@@ -21,6 +21,8 @@ HISTORY_STEPS = 128
 MIN_HISTORY_STEPS = 32
 # Deviations are taken to be at least this part of the mean, or a flat curve would raise alarms about nothing.
 MIN_RELATIVE_DEVIATION = 0.01
+# What a spike enters the history as, in deviations.
+SPIKE_COUNTS_AS = 2.0
 # So many tensors of a rank are named in a message.
 MAX_NAMED = 3
 
@@ -144,9 +146,10 @@ class Spike:
 class SpikeDetector:
     """Finds steps whose loss is far above those before it.
 
-    The rule: a step is a spike when its mean loss is above `mean + threshold x std` of the last 128 losses before it
-    that were finite and no spikes themselves. There must be at least 32 of these, and `std` is taken to be at least 1 %
-    of the mean. What is not finite is no spike; such steps are skipped and counted (`SkipCounter`).
+    The rule: a step is a spike when its mean loss is above `mean + threshold x std` of the last 128 finite losses before
+    it. There must be at least 32 of these, and `std` is taken to be at least 1 % of the mean. A spike counts among them
+    as one of 2 deviations: it hides no others, and a lasting new level is reported for tens of steps, not for ever.
+    What is not finite is no spike; such steps are skipped and counted (`SkipCounter`).
 
     Args:
         threshold: `--loss-spike-threshold`; 0 finds nothing.
@@ -170,14 +173,16 @@ class SpikeDetector:
         """
         if not math.isfinite(loss):
             return None
+        spike = None
         if self.threshold > 0 and len(self.losses) >= MIN_HISTORY_STEPS:
             mean = math.fsum(self.losses) / len(self.losses)
             variance = math.fsum((past - mean) ** 2 for past in self.losses) / len(self.losses)
             std = max(math.sqrt(variance), MIN_RELATIVE_DEVIATION * mean)
             if loss > mean + self.threshold * std:
-                return Spike(iteration, loss, mean, std, sample_ranges)
+                spike = Spike(iteration, loss, mean, std, sample_ranges)
+                loss = mean + min(self.threshold, SPIKE_COUNTS_AS) * std
         self.losses = [*self.losses[1 - HISTORY_STEPS :], loss]
-        return None
+        return spike
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -118,10 +118,18 @@ def test_six_deviations_above_the_mean_are_a_spike(deviations: float, spikes: in
 
 
 def test_spikes_do_not_hide_the_next_ones():
+    losses = [9.0 if step >= 100 and step % 25 == 0 else wave(step) for step in range(1000)]
+    found = feed(SpikeDetector(6.0), losses)
+    assert [spike.iteration for spike in found] == list(range(100, 1000, 25))
+
+
+def test_a_lasting_new_level_is_not_reported_for_ever():
     detector = SpikeDetector(6.0)
-    losses = [wave(step) for step in range(100)]
-    assert len(feed(detector, [*losses, *[9.0] * 200, math.nan, 9.0])) == 201
-    assert detector.losses == losses
+    found = feed(detector, [*(wave(step) for step in range(100)), *(wave(step) + 2.0 for step in range(200))])
+    assert [spike.iteration for spike in found] == list(range(100, 100 + len(found)))
+    assert 1 < len(found) < 60
+    before = list(detector.losses)
+    assert detector.check(300, math.nan, RANGES) is None and detector.losses == before
 
 
 def test_nothing_is_found_before_there_are_32_losses():
