@@ -148,7 +148,7 @@ class SpikeDetector:
 
     The rule: a step is a spike when its mean loss is above `mean + threshold x std` of the last 128 finite losses before
     it. There must be at least 32 of these, and `std` is taken to be at least 1 % of the mean. A spike counts among them
-    as one of 2 deviations: it hides no others, and a lasting new level is reported for tens of steps, not for ever.
+    as one of 2 deviations: it hides no others, and a lasting new level is not reported for ever.
     What is not finite is no spike; such steps are skipped and counted (`SkipCounter`).
 
     Args:
