@@ -22,10 +22,10 @@ from tests.reliability.jobs import ForkedJob, Job, ProgramJob
 FLAGS = shlex.split(
     "--encoder-num-layers 2 --decoder-num-layers 2 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 "
     "--encoder-seq-length 32 --hidden-dropout 0.1 --attention-dropout 0.1 --lr 1e-2 --split 90,10,0 --log-interval 1 "
-    "--micro-batch-size 4 --eval-iters 2 --async-save --keep-last 2"
+    "--micro-batch-size 4 --eval-iters 1 --async-save --keep-last 2"
 )
 SAMPLE_EVERY_S = 0.05
-BOUNDS = {"rss_mib": 4.0, "descriptors": 2.0, "threads": 2.0, "entries": 2.0}
+BOUNDS = {"rss_mib": 2.0, "descriptors": 2.0, "threads": 2.0, "entries": 2.0}
 """How much the fitted lines may rise over the second half of a run."""
 
 
@@ -89,7 +89,7 @@ def watch(job: Job, ranks: int, save: Path) -> list[list[Sample]]:
 
 
 def soak(ranks: int, steps: int, folder: Path, real: bool = True) -> dict[str, Any]:
-    """A row of the table: a run of so many steps that evaluates and saves a hundred times.
+    """A row of the table: a run of so many steps that evaluates and saves about a hundred times.
 
     Args:
         ranks: Data-parallel processes.
@@ -118,9 +118,10 @@ def soak(ranks: int, steps: int, folder: Path, real: bool = True) -> dict[str, A
         if len(of_ranks) < ranks or max(of_ranks) > BOUNDS[quantity]:
             failures.append(f"{quantity} rose by {of_ranks} (ranks) in the second half, allowed {BOUNDS[quantity]}")
     processes = "one process" if ranks == 1 else f"{ranks} processes"
+    saves = -(-steps // interval)
     return {
         "test": "R17",
-        "what": f"{steps:,} steps of {processes} with 100 asynchronous saves: memory, descriptors, threads flat",
+        "what": f"{steps:,} steps of {processes} with {saves} asynchronous saves: memory, descriptors, threads stay flat",
         "trials": 1,
         "passed": int(not failures),
         "seconds": round(time.monotonic() - start, 1),

@@ -79,7 +79,7 @@ def test_all_kills() -> None:
 
 
 def test_a_short_run_uses_no_more_as_it_goes_on(tmp_path: Path) -> None:
-    row = soak.soak(1, 300, tmp_path, real=False)
+    row = soak.soak(1, 200, tmp_path, real=False)
     assert row["passed"] == 1, row
 
 
