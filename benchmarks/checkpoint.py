@@ -194,8 +194,7 @@ def main() -> None:
     """Measure, print, and save when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the rows to this file too")
-    parser.add_argument("--size", default="t5-v1_1-base", choices=sorted(PRESETS), help="model; a checkpoint and four "
-                        "copies of its state fit into memory")  # fmt: skip
+    parser.add_argument("--size", default="t5-v1_1-base", choices=sorted(PRESETS), help="preset of the model")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds; one more warms up")
     parser.add_argument("--directory", type=Path, help="directory on the disk to measure; default: a temporary one")
     options = parser.parse_args()

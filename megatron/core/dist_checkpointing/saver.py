@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.format import CheckpointError, checkpoint_path
 from megatron.core.dist_checkpointing.serialization import CheckpointTensors, save_checkpoint
 from megatron.core.dist_checkpointing.staging import HostCopies
+from megatron.core.dist_checkpointing.verification import raise_on_all
 from megatron.core.parallel_state import ParallelContext
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ class SaveOutcome:
         iteration: What was saved.
         path: The directory of the checkpoint.
         seconds: From the call of `save` until the checkpoint was published or the save had failed.
-        pause_seconds: How long `save` kept its caller waiting, a wait for the save before included.
+        pause_seconds: How long `save` and `wait_for_copies` kept their caller waiting, also for the save before.
         error: Why there is no such checkpoint, or None; the same on all ranks.
     """
 
@@ -70,38 +72,55 @@ class CheckpointSaver:
         self.group = dist.new_group(backend="gloo", timeout=context.timeout) if context.world_size > 1 else None
         self.copies = HostCopies(context, self.group) if asynchronous else None
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()  # of the last save
+        self._copied.set()
+        self._pause_seconds = 0.0  # of the last save
         self._outcomes: deque[SaveOutcome] = deque()
         atexit.register(self._before_exit)
 
     def prepare(self, tensors: CheckpointTensors) -> None:
         """Take the host memory that saving `tensors` needs, in the background; all ranks call it together.
 
-        Optional: the first `save` does it otherwise, and pauses for it. Without effect unless asynchronous.
+        Optional: the first `save` does it otherwise, which takes longer then. Without effect unless asynchronous.
         """
         self.wait()
         if self.copies is not None:
             self.copies.prepare(tensors)
 
-    def save(self, iteration: int, tensors: CheckpointTensors, manifest: dict[str, Any]) -> None:
+    def save(
+        self, iteration: int, tensors: CheckpointTensors, manifest: dict[str, Any], wait_for_copies: bool = True
+    ) -> None:
         """Save as `save_checkpoint` does; all ranks call it together.
 
-        Asynchronous, it first waits for the save before, and returns when `tensors` may change.
+        Asynchronous, it first waits for the save before, then for the copies of `tensors` unless told otherwise: then
+        the caller does so by `wait_for_copies` before `tensors` change, and may use them meanwhile.
         """
         began = time.perf_counter()
         self.wait()
+        self._pause_seconds = 0.0
         if self.copies is None:
             try:
                 error = None
                 self._write(iteration, tensors, manifest)
             except CheckpointError as raised:
                 error = raised
-            self._record(iteration, began, time.perf_counter(), error)
-        else:
-            staged = self.copies.copy(tensors)
-            arguments = (iteration, staged, copy.deepcopy(manifest), began, time.perf_counter())
-            # A daemon, with a wait at exit: a process that gives up on the others can leave without it (see `close`).
-            self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint-writer", daemon=True)
-            self._thread.start()
+            self._pause_seconds = time.perf_counter() - began
+            self._record(iteration, began, error)
+            return
+        self._copied = threading.Event()
+        arguments = (iteration, self.copies.order(tensors), copy.deepcopy(manifest), began, self._copied)
+        # A daemon, with a wait at exit: a process that gives up on the others can leave without it (see `close`).
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+        self._pause_seconds = time.perf_counter() - began
+        if wait_for_copies:
+            self.wait_for_copies()
+
+    def wait_for_copies(self) -> None:
+        """Wait until the tensors of the last save may change."""
+        began = time.perf_counter()
+        self._copied.wait()
+        self._pause_seconds += time.perf_counter() - began
 
     def finished(self) -> bool:
         """Whether no save is running on this rank; does not wait and does not communicate."""
@@ -138,20 +157,39 @@ class CheckpointSaver:
         save_checkpoint(self.root, iteration, tensors, manifest, self.context, group=self.group, **self.retention)
 
     def _run(
-        self, iteration: int, staged: CheckpointTensors, manifest: dict[str, Any], began: float, copied: float
+        self,
+        iteration: int,
+        make_copies: Callable[[], CheckpointTensors],
+        manifest: dict[str, Any],
+        began: float,
+        copied: threading.Event,
     ) -> None:
         """The thread of one save; whatever happens in it ends in an outcome."""
-        error = None
+        path, error = checkpoint_path(self.root, iteration), None
+        copies: CheckpointTensors = {}
         try:
-            self._write(iteration, staged, manifest)
+            try:
+                copies = make_copies()
+            except Exception as raised:
+                logger.exception("tensors could not be copied")
+                cause = f"rank {self.context.rank} cannot copy its tensors: {_first_line(raised)}"
+                error = CheckpointError(f"cannot save {path}: {cause}")
+            finally:
+                copied.set()
+            raise_on_all(error, self.context.world_size, self.group)
+            self._write(iteration, copies, manifest)
         except CheckpointError as raised:
             error = raised
         except BaseException as raised:
             logger.exception("the thread that writes a checkpoint failed")
-            cause = f"{type(raised).__name__} {str(raised).partition(chr(10))[0]}"  # the log has the traceback
-            error = CheckpointError(f"cannot save {checkpoint_path(self.root, iteration)}: {cause}")
-        self._record(iteration, began, copied, error)
+            error = CheckpointError(f"cannot save {path}: {_first_line(raised)}")
+        self._record(iteration, began, error)
 
-    def _record(self, iteration: int, began: float, resumed: float, error: CheckpointError | None) -> None:
-        path = checkpoint_path(self.root, iteration)
-        self._outcomes.append(SaveOutcome(iteration, path, time.perf_counter() - began, resumed - began, error))
+    def _record(self, iteration: int, began: float, error: CheckpointError | None) -> None:
+        path, seconds = checkpoint_path(self.root, iteration), time.perf_counter() - began
+        self._outcomes.append(SaveOutcome(iteration, path, seconds, self._pause_seconds, error))
+
+
+def _first_line(error: BaseException) -> str:
+    """What a message says of an error whose traceback is in the log."""
+    return f"{type(error).__name__} {str(error).partition(chr(10))[0]}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -32,6 +34,7 @@ class HostCopies:
 
     def __init__(self, context: ParallelContext, group: dist.ProcessGroup | None) -> None:
         self.context, self.group = context, group
+        self.on_gpu = context.device.type == "cuda"
         self.planned: list[WriteItem] | None = None  # what this rank holds, for which the memory was taken
         self.buffers: dict[str, torch.Tensor] = {}
         self.memory: torch.Tensor | None = None  # all buffers, bytes
@@ -45,26 +48,42 @@ class HostCopies:
         """
         self._prepare(_pieces(tensors))
 
-    @torch.no_grad()
-    def copy(self, tensors: CheckpointTensors) -> dict[str, Unpadded]:
-        """Copies of the parts of `tensors` that this rank is to write, valid until the next call; see `prepare`."""
+    def order(self, tensors: CheckpointTensors) -> Callable[[], dict[str, Unpadded]]:
+        """A function for any thread that copies the parts of `tensors` that this rank is to write.
+
+        `tensors` must not change before it has returned; what it returns is valid until it is called again, on all
+        ranks together.
+        """
         pieces = _pieces(tensors)
+        ready = torch.cuda.current_stream(self.context.device).record_event() if self.on_gpu else None
+        return partial(self._copy, pieces, ready)
+
+    @torch.no_grad()
+    def _copy(self, pieces: dict[str, Unpadded], ready: torch.cuda.Event | None) -> dict[str, Unpadded]:
         self._prepare(pieces)
         assert self.touching is not None
         self.touching.join()
         if self.error is not None:
             raise RuntimeError("cannot pin host memory for copies of a checkpoint") from self.error
+        if ready is None:
+            self._copy_all(pieces)
+        else:  # beside what else the GPU does, after what it had been given when the copies were ordered
+            stream = torch.cuda.Stream(self.context.device)
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                self._copy_all(pieces)
+            stream.synchronize()
+        return {name: pieces[name].moved_to(buffer) for name, buffer in self.buffers.items()}
+
+    def _copy_all(self, pieces: dict[str, Unpadded]) -> None:
         for name, buffer in self.buffers.items():
             buffer.copy_(pieces[name].part, non_blocking=True)
-        if self.context.device.type == "cuda":
-            torch.cuda.current_stream(self.context.device).synchronize()
-        return {name: pieces[name].moved_to(buffer) for name, buffer in self.buffers.items()}
 
     def close(self) -> None:
         """Give the memory back."""
         if self.touching is not None:
             self.touching.join()
-        if self.memory is not None and self.error is None and self.context.device.type == "cuda":
+        if self.memory is not None and self.error is None and self.on_gpu:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr()))
         self.buffers, self.memory, self.planned = {}, None, None
 
@@ -108,7 +127,7 @@ class HostCopies:
         """Take the pages of `memory`, pinned if there is a GPU to copy from."""
         for start in range(0, memory.numel(), TOUCHED_BYTES):
             memory[start : start + TOUCHED_BYTES : mmap.PAGESIZE].zero_()
-        if self.context.device.type == "cuda":
+        if self.on_gpu:
             try:
                 with torch.cuda.device(self.context.device):
                     flags = 1  # portable: pinned for every CUDA context

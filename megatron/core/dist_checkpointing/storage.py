@@ -10,12 +10,14 @@ import json
 import logging
 import math
 import os
+import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
+from queue import Queue
 from typing import Any, BinaryIO
 
 import torch
@@ -197,17 +199,42 @@ def _write_shard(path: Path, items: list[WriteItem], planner: SavePlanner) -> St
         position += _nbytes(item)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the tensors to start at a multiple of 8
-    checksum = nbytes = 0
-    with path.open("wb") as file:
+    nbytes = 0
+    with path.open("wb") as file, _Checksum() as checksum:
         for block in _blocks([len(text).to_bytes(8, "little"), text], items, planner):
+            checksum.add(block)
             file.write(block)
             _start_writing_back(file, nbytes, len(block))
-            checksum = zlib.crc32(block, checksum)
             nbytes += len(block)
         file.flush()
         os.fsync(file.fileno())
     assert nbytes == 8 + len(text) + position, path
-    return StoredFile(path.name, nbytes, checksum)
+    return StoredFile(path.name, nbytes, checksum.value)
+
+
+class _Checksum:
+    """Checksum of blocks, computed by a thread beside their writing, which takes about as long."""
+
+    def __init__(self) -> None:
+        self.value = 0  # once the context is left
+        self._blocks: Queue[bytes | memoryview] = Queue(maxsize=2)  # more would only hold memory
+        self._thread = threading.Thread(target=self._run, name="checkpoint-checksum", daemon=True)
+
+    def add(self, block: bytes | memoryview) -> None:
+        """Take `block`, which is not empty and does not change."""
+        self._blocks.put(block)
+
+    def _run(self) -> None:
+        while block := self._blocks.get():
+            self.value = zlib.crc32(block, self.value)
+
+    def __enter__(self) -> _Checksum:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._blocks.put(b"")
+        self._thread.join()
 
 
 def _start_writing_back(file: BinaryIO, start: int, nbytes: int) -> None:

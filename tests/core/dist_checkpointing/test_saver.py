@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megatron.core.dist_checkpointing import (
     storage,
     verify_checkpoint,
 )
+from megatron.core.dist_checkpointing.staging import HostCopies
 from megatron.core.parallel_state import ParallelContext
 from tests.distributed import run_distributed
 
@@ -205,10 +207,56 @@ def test_save_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     assert [outcome.iteration for outcome in saver.outcomes()] == [1, 2]
 
 
+def test_copies_can_be_made_while_the_tensors_are_used(tmp_path, monkeypatch):
+    """`save` returns before the copies, `wait_for_copies` does not; what changes then is not in the checkpoint."""
+    make, go_on = HostCopies._copy_all, threading.Event()
+
+    def wait(*arguments):
+        assert go_on.wait(60)
+        make(*arguments)
+
+    monkeypatch.setattr(HostCopies, "_copy_all", wait)
+    saver = CheckpointSaver(tmp_path, CPU, asynchronous=True)
+    saver.wait_for_copies()  # of nothing
+    tensors = example(1)
+    saver.save(1, tensors, {}, wait_for_copies=False)
+    threading.Timer(0.1, go_on.set).start()
+    saver.wait_for_copies()
+    assert go_on.is_set()
+    for tensor in tensors.values():
+        tensor.zero_()
+    saver.close()
+    [outcome] = saver.outcomes()
+    assert outcome.error is None and 0.05 < outcome.pause_seconds <= outcome.seconds
+    assert_holds(outcome.path, 1)
+
+
+def _no_memory_on_one_rank(rank, root):
+    def fail(*arguments):
+        raise MemoryError("no memory")
+
+    make = HostCopies._copy_all
+    HostCopies._copy_all = fail if rank == 1 else make
+    saver = CheckpointSaver(root, context_of(rank), asynchronous=True)
+    saver.save(1, shard(example(1)), {})
+    saver.wait()
+    HostCopies._copy_all = make
+    saver.save(2, shard(example(2)), {})
+    saver.close()
+    return [outcome.error and str(outcome.error) for outcome in saver.outcomes()]
+
+
+def test_copies_that_cannot_be_made_are_a_failed_save(tmp_path):
+    for first, second in run_distributed(_no_memory_on_one_rank, 2, tmp_path):
+        assert "rank 1 cannot copy its tensors: MemoryError no memory" in first and second is None
+    assert_holds(latest_checkpoint(tmp_path), 2)
+
+
 EXITING = """
 import sys, time, torch
 from pathlib import Path
 from megatron.core.dist_checkpointing import CheckpointSaver, storage
+from megatron.core.dist_checkpointing.staging import HostCopies
 from megatron.core.parallel_state import ParallelContext
 written = storage._write_shard
 def slow(*arguments):
