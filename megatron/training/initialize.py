@@ -11,11 +11,12 @@ from datetime import timedelta
 import torch
 
 from megatron.core.config import ParallelConfig
-from megatron.core.errors import UserError
+from megatron.core.errors import CommunicationError, UserError
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.consistency import check_equal_on_all_ranks
 from megatron.training.console import warn
 from megatron.training.rendezvous import store_of_this_start
+from megatron.training.watchdog import describe_communication_failure
 
 
 def launched_by_torchrun() -> bool:
@@ -55,6 +56,10 @@ def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
     """Join the process group that torchrun describes, if any, and leave it at the end.
 
     A process started without a launcher trains alone and needs no process group.
+
+    Raises:
+        UserError: The flags do not fit the machine or differ between ranks.
+        CommunicationError: Another rank did not start, ended early, hangs or is cut off.
     """
     device = choose_device()
     if config.distributed_backend == "nccl" and device.type != "cuda":
@@ -64,19 +69,21 @@ def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
         return
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    # What init_process_group would do by itself; done here to keep the store.
-    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
-    store = store_of_this_start(store, rank, world_size, timeout)
-    torch.distributed.init_process_group(
-        backend,
-        store=torch.distributed.PrefixStore("default_pg", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if backend == "nccl" else None,
-    )
+    rank = int(os.environ["RANK"])
+    others_are_gone = False
     try:
+        # What init_process_group would do by itself; done here to keep the store.
+        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        store = store_of_this_start(store, rank, world_size, timeout)
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if backend == "nccl" else None,
+        )
         # Ranks with other layouts would wait for each other while they build the mesh.
         check_equal_on_all_ranks(ParallelContext(device), {"config": asdict(config)})
         context = ParallelContext.create(config, device, store)
@@ -86,5 +93,12 @@ def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
         # A gloo rank that leaves while a peer still communicates aborts that peer. Only on the way out of a run that
         # succeeded: after an error the others may never come.
         torch.distributed.barrier()
+    except RuntimeError as error:
+        message = describe_communication_failure(error, rank)
+        others_are_gone = message is not None or isinstance(error, CommunicationError)
+        if message is not None:
+            raise CommunicationError(message) from error
+        raise
     finally:
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized() and not others_are_gone:  # it may wait for them
+            torch.distributed.destroy_process_group()

@@ -145,7 +145,7 @@ class Watchdog:
     """Watches this process and the reports of the others, from `__enter__` to `__exit__`.
 
     An exception that leaves the block ends the job for the other ranks too. One that came out of a collective turns
-    into `CommunicationError`, or into a silent exit with its status when another rank has said what is wrong.
+    into `CommunicationError`; when another rank has said already what is wrong, it ends the process with its status.
 
     Attributes:
         step: Step that the training loop makes, for the messages; a new one also shows that the loop goes on.
@@ -213,13 +213,13 @@ class Watchdog:
             message = f"rank {self.rank} ended with {type(error).__name__}: {first_line}"
             if self.abort(message) and not isinstance(error, (UserError, RunError, SystemExit)):
                 print(f"error: {message}", file=sys.stderr, flush=True)  # the traceback, which follows, names no rank
+            self._linger()
             return
         message += self._missing_ranks()
         if self.abort(message):
+            self._linger()
             raise CommunicationError(message) from error
-        if line := self._repeated():
-            raise CommunicationError(line) from error
-        raise SystemExit(CommunicationError.exit_status) from error
+        self._end(self._repeated())
 
     def abort(self, message: str) -> bool:
         """Make all other ranks leave with exit status 3.
@@ -236,10 +236,15 @@ class Watchdog:
         first = self._within_limits(lambda: self._store.compare_set("abort", "", sent))
         if first is not None and first.decode() != sent:
             self._abort = json.loads(first)
+            if self._abort["rank"] == self.rank:
+                time.sleep(GRACE_S)  # another thread of this process was first: it prints and ends the process
             return False
-        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(2 * self.interval_s)  # this process holds the store; the others read it before it is gone
         return True
+
+    def _linger(self) -> None:
+        """Let the other ranks read what this one said before the store is gone, if this process holds it."""
+        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(2 * self.interval_s)
 
     # What happens in the thread that watches; it must never wait for the store.
 
@@ -298,10 +303,11 @@ class Watchdog:
         return 0.0 if seen is None or seen.place.collective is None else self._now - seen.since
 
     def _end(self, message: str | None) -> None:
-        """Leave at once, from a thread: the main one cannot."""
+        """Leave at once, without the clean-up of an orderly end, which may wait for other ranks."""
         if message is not None:
             print(f"error: {message}", file=sys.stderr, flush=True)
         self._kill_silent_neighbours()
+        self._linger()
         os._exit(CommunicationError.exit_status)
 
     def _kill_silent_neighbours(self) -> None:

@@ -34,7 +34,7 @@ MESSAGES = {
     "freeze": rf"{WAITED} has not been heard of for \d+ s, last in ",
     "exit": BROKEN,
     "kill": BROKEN,
-    "raise": rf"error: rank {{victim}} ended with ValueError: {PURPOSE}\n",
+    "raise": rf"error: rank \d+ ended with ValueError: {PURPOSE}\n",
 }
 STATUS_OF_VICTIM = {"hang": 3, "freeze": -9, "exit": 0, "raise": 1, "kill": -9}
 
@@ -80,9 +80,11 @@ def run_trial(trial: Trial, data_path: Path) -> float:
         finally:
             if not job.ended(0):
                 job.kill(None)
-        wanted = [3] * trial.ranks
-        wanted[trial.victim] = STATUS_OF_VICTIM[trial.fault]
-        assert job.statuses() == wanted, f"statuses {job.statuses()} instead of {wanted}: {tail(log)}"
+        statuses = list(job.statuses())
+        assert statuses.pop(trial.victim) == STATUS_OF_VICTIM[trial.fault], f"statuses {job.statuses()}: {tail(log)}"
+        # The launcher ends who leaves late. What is raised while a checkpoint is written is raised on all ranks.
+        allowed = {3, -15} | ({1} if (trial.fault, trial.phase) == ("raise", "save") else set())
+        assert allowed.issuperset(statuses), f"statuses {job.statuses()}: {tail(log)}"
         message = MESSAGES[trial.fault].format(victim=trial.victim)
         assert re.search(message, log.read_text()), f"does not say {message}: {tail(log)}"
     return seconds
