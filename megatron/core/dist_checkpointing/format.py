@@ -187,9 +187,27 @@ def _validate(manifest: dict[str, Any]) -> None:
             used[chunk["file"]] += math.prod(chunk["sizes"]) * DTYPES[entry["dtype"]].itemsize
         if volume != math.prod(shape):
             raise ValueError(f"the chunks of {name} hold {volume} of {math.prod(shape)} elements")
+        if _overlap([(chunk["offsets"], chunk["sizes"]) for chunk in entry["chunks"]]):
+            raise ValueError(f"chunks of {name} overlap, so that others are missing")
     for name, count in used.items():  # so that no size can be claimed that is not on the disk
         if count > manifest["files"][name]["bytes"]:
             raise ValueError(f"{count} bytes of tensors in {name}, which has {manifest['files'][name]['bytes']}")
+
+
+def _overlap(chunks: list[tuple[list[int], list[int]]]) -> bool:
+    """Whether any two of these (offsets, sizes), which have dimensions if there are two, share an element."""
+    if len(chunks) < 2:
+        return False
+    dimensions = range(len(chunks[0][0]))
+    # In the order of the dimension that is cut most often, a chunk can only meet the few that have not ended there.
+    along = max(dimensions, key=lambda dimension: len({offsets[dimension] for offsets, _ in chunks}))
+    reached: list[tuple[list[int], list[int]]] = []
+    for offsets, sizes in sorted(chunks, key=lambda chunk: chunk[0][along]):
+        reached = [(o, s) for o, s in reached if o[along] + s[along] > offsets[along]]
+        if any(all(o[d] < offsets[d] + sizes[d] and offsets[d] < o[d] + s[d] for d in dimensions) for o, s in reached):
+            return True
+        reached.append((offsets, sizes))
+    return False
 
 
 def _whole(value: object) -> int:

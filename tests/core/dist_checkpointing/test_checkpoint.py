@@ -269,6 +269,8 @@ def tensors_like(shape, offsets, sizes, key="a"):
         {"tensors": tensors_like([4], [[0.0]], [[4]])},
         {"tensors": tensors_like([float("nan")], [[0]], [[4]])},
         {"tensors": tensors_like([4], [[0]], [[4]], key=["k"])},
+        {"tensors": tensors_like([4], [[0], [0]], [[2], [2]])},  # one half twice, the other not at all
+        {"tensors": tensors_like([2, 4], [[0, 0], [0, 2], [1, 0]], [[1, 3], [1, 2], [1, 3]])},
         {"tensors": tensors_like([1] * 65, [[0] * 65], [[1] * 65])},
         {"tensors": {f"t{i}": tensors_like([30], [[0]], [[30]])["a"] for i in range(99)}},  # all in the same bytes
         {"iteration": "7"},
