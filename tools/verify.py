@@ -142,14 +142,19 @@ def verify_target(path: Path, describe: Callable[[Path], str]) -> bool:
         description = describe(path)
     except (UserError, OSError, RecursionError) as error:  # the last from JSON that is nested too deeply
         return report_problem(path, error)
-    print(f"{path}: sound: {description}; {time.monotonic() - start:.1f} s", flush=True)
+    print(one_line(f"{path}: sound: {description}; {time.monotonic() - start:.1f} s"), flush=True)
     return True
 
 
 def report_problem(path: Path, error: Exception) -> bool:
     """Print why something is not sound; returns False."""
-    print(f"{path}: NOT SOUND: {' '.join(str(error).split())}", flush=True)
+    print(one_line(f"{path}: NOT SOUND: {error}"), flush=True)
     return False
+
+
+def one_line(text: str) -> str:
+    """A text without line ends; one may be in a file's name."""
+    return text.strip().replace("\n", " ").replace("\r", " ")
 
 
 def main(argv: list[str] | None = None) -> int:
