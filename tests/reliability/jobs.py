@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -32,8 +31,8 @@ class Job(Protocol):
     def ended(self, timeout: float) -> bool:
         """Whether all processes of the job are gone, after waiting so many seconds for it at most."""
 
-    def kill(self, rank: int | None) -> None:
-        """SIGKILL to one rank, or to every process of the job."""
+    def kill(self, rank: int | None) -> bool:
+        """SIGKILL to one rank, or to every process of the job; whether there was still something to kill."""
 
     def statuses(self) -> list[int]:
         """Exit statuses of the ranks of an ended job, -n for signal n; empty when the job was killed as a whole."""
@@ -78,12 +77,14 @@ class ForkedJob:
             self._ended = True
         return self._ended
 
-    def kill(self, rank: int | None) -> None:
-        with contextlib.suppress(ProcessLookupError):  # ended at this very moment; its statuses tell
-            if rank is None:
-                os.killpg(self._launcher, signal.SIGKILL)
-            else:
-                os.kill(self._pids[rank], signal.SIGKILL)
+    def kill(self, rank: int | None) -> bool:
+        if rank is not None:
+            return _signal(self._pids[rank], signal.SIGKILL)
+        try:
+            os.killpg(self._launcher, signal.SIGKILL)
+        except ProcessLookupError:  # ended at this very moment; its statuses tell
+            return False
+        return True
 
     def statuses(self) -> list[int]:
         return self._statuses
@@ -178,10 +179,13 @@ class ProgramJob:
         self.pid = self._process.pid
 
     def pids(self) -> list[int]:
+        return [pid for _, pid in sorted(self._by_rank().items())]
+
+    def _by_rank(self) -> dict[int, int]:
         if self.ranks == 1:
-            return [self._process.pid]
-        started = [pid for pid in _descendants(self._process.pid) if _environment(pid, "LOCAL_RANK") is not None]
-        return sorted(started, key=lambda pid: int(_environment(pid, "LOCAL_RANK") or 0))
+            return {0: self._process.pid}
+        ranks = {pid: _environment(pid, "LOCAL_RANK") for pid in descendants(self._process.pid)}
+        return {int(rank): pid for pid, rank in ranks.items() if rank is not None}
 
     def ended(self, timeout: float) -> bool:
         try:
@@ -190,28 +194,33 @@ class ProgramJob:
             return False
         return True
 
-    def kill(self, rank: int | None) -> None:
+    def kill(self, rank: int | None) -> bool:
+        if rank is not None:
+            pid = self._by_rank().get(rank)
+            return pid is not None and _signal(pid, signal.SIGKILL)
         # torchrun makes each rank a session of its own, so that there is no group of the whole job.
-        if rank is None:
-            _signal(self._process.pid, signal.SIGSTOP)  # it starts nothing meanwhile
-            everything = [self._process.pid, *_descendants(self._process.pid)]
-        else:
-            everything = [self.pids()[rank]]
-        for pid in everything:
+        was_there = _signal(self._process.pid, signal.SIGSTOP)  # it starts nothing meanwhile
+        started = descendants(self._process.pid)
+        for pid in (self._process.pid, *started):
             _signal(pid, signal.SIGKILL)
-        while rank is None and any(_is_running(pid) for pid in everything[1:]):
+        while any(_is_running(pid) for pid in started):
             time.sleep(0.01)
+        return was_there
 
     def statuses(self) -> list[int]:
         return [self._process.returncode]
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):  # ended at this very moment; its status tells
+def _signal(pid: int, number: signal.Signals) -> bool:
+    """Send a signal; whether the process was there."""
+    try:
         os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Processes that `pid` and its descendants have started, threads of theirs included as starters."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -220,7 +229,7 @@ def _descendants(pid: int) -> list[int]:
         except OSError:  # it ended meanwhile
             continue
         for child in children:
-            found += [child, *_descendants(child)]
+            found += [child, *descendants(child)]
     return found
 
 

@@ -210,16 +210,16 @@ def _kill(trial: Trial, reference: Reference, data: Path, save: Path, chance: ra
     for _ in range(KILLS_AT_MOST):
         shutil.rmtree(save, ignore_errors=True)
         job = _start(trial, data, save)
-        if not _wait_for_instant(job, trial, reference, save, chance):
-            continue
-        job.kill(trial.rank)
-        if trial.real and trial.rank is not None:
-            return job, _landed(save)  # torchrun is about to start the ranks again
-        if not job.ended(RUN_WITHIN_S):
-            job.kill(None)
-            raise TimeoutError(f"the other ranks were still there after {RUN_WITHIN_S:.0f} s")
-        if trial.rank is None or -9 in job.statuses():
-            return job, _landed(save)
+        if _wait_for_instant(job, trial, reference, save, chance) and job.kill(trial.rank):
+            if trial.real and trial.rank is not None:
+                return job, _landed(save)  # torchrun is about to start the ranks again
+            if not job.ended(RUN_WITHIN_S):
+                job.kill(None)
+                raise TimeoutError(f"the other ranks were still there after {RUN_WITHIN_S:.0f} s")
+            if not job.statuses() or -9 in job.statuses():
+                return job, _landed(save)
+        failure = _wait_for_end(job)
+        assert failure is None, f"before it was killed, the run {failure}"
     raise TimeoutError(f"{KILLS_AT_MOST} times the run was over before it was killed")
 
 
@@ -231,7 +231,7 @@ def run_trial(trial: Trial, reference: Reference, data: Path, folder: Path, seed
         job, landed = _kill(trial, reference, data, save, random.Random(f"instant {seed} {trial.number}"))
         again = job
         if not (trial.real and trial.rank is not None):
-            statuses = job.statuses() if trial.rank is not None else []
+            statuses = [] if trial.rank is None else job.statuses()
             again = _start(trial, data, save)
         failure = _wait_for_end(again)
         if failure is not None:
@@ -310,6 +310,11 @@ def _read_record(record: str | None, seed: int) -> dict[int, dict[str, Any]]:
     return {entry["number"]: entry for entry in entries if entry["seed"] == seed}
 
 
+def _statuses_of_others(entries: list[dict[str, Any]]) -> Iterator[int]:
+    for entry in entries:
+        yield from (status for rank, status in enumerate(entry["statuses"]) if rank != entry["rank"])
+
+
 def _row(what: str, entries: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     """A row of the table, with how many kills were of which kind."""
     failures = [entry["failure"] for entry in entries if entry["failure"]]
@@ -325,7 +330,7 @@ def _row(what: str, entries: list[dict[str, Any]], seed: int) -> dict[str, Any]:
         "single_rank": sum(entry["rank"] is not None for entry in entries),
         "asynchronous": sum(entry["asynchronous"] for entry in entries),
         "real_programs": sum(entry["real"] for entry in entries),
-        # Ranks that did not end by themselves or on SIGTERM when another one was gone.
-        "forced": sum(entry["statuses"].count(-9) - 1 for entry in entries if entry["statuses"]),
+        # How the other ranks ended when one was killed: 3 is by themselves, -9 after SIGTERM and half a minute.
+        "other_ranks_ended_with": dict(Counter(_statuses_of_others(entries))),
         "failures": failures,
     }

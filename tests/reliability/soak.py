@@ -121,7 +121,7 @@ def soak(ranks: int, steps: int, folder: Path, real: bool = True) -> dict[str, A
     saves = -(-steps // interval)
     return {
         "test": "R17",
-        "what": f"{steps:,} steps of {processes} with {saves} asynchronous saves: memory, descriptors, threads stay flat",
+        "what": f"{steps:,} steps of {processes} with {saves} asynchronous saves: memory, descriptors, threads flat",
         "trials": 1,
         "passed": int(not failures),
         "seconds": round(time.monotonic() - start, 1),
