@@ -182,6 +182,8 @@ class Trainer:
         finite, fault = math.isfinite(self.window.grad_norm), ""
         if finite:
             clip_gradients_(self.parameters, norm, self.config.optimizer.clip_grad, scale)
+            if self.saver is not None:
+                self.saver.wait_for_copies()  # of what the step changes; forward and backward ran beside them
             self.optimizer.step(self.window.learning_rate)
             self.skips.made()
         else:
@@ -343,7 +345,7 @@ class Trainer:
         manifest = training_manifest(
             self.config, self.progress, self.schedule, self.global_batch_size, self.description
         )
-        self.saver.save(self.progress.iteration, tensors, manifest)
+        self.saver.save(self.progress.iteration, tensors, manifest, wait_for_copies=False)
         self.saved_iteration = self.progress.iteration
         self._note_saves()
         self.window.leave_out(time.perf_counter() - start)
