@@ -34,7 +34,8 @@ MESSAGES = {
     "freeze": rf"{WAITED} has not been heard of for \d+ s, last in ",
     "exit": BROKEN,
     "kill": BROKEN,
-    "raise": rf"error: rank \d+ ended with ValueError: {PURPOSE}\n",
+    "raise": rf"error: (rank {{victim}} ended with ValueError: {PURPOSE}|rank \d+ ended with RuntimeError: "
+    rf"cannot save \S+: rank {{victim}} raised ValueError\('{PURPOSE}'\))\n",
 }
 STATUS_OF_VICTIM = {"hang": 3, "freeze": -9, "exit": 0, "raise": 1, "kill": -9}
 
