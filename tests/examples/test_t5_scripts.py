@@ -169,7 +169,8 @@ def test_slurm_requeues_what_stopped_in_order_and_not_what_failed(
 
 
 def test_slurm_stops_and_requeues_before_the_time_limit(machine: Machine, tmp_path: Path) -> None:
-    step = 'trap \'sleep 0.2; echo stopped > "$SAVE/last"; exit 143\' TERM\ntouch "$SAVE/runs"\n'
+    step = 'trap \'sleep 0.2; echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" > "$SAVE/last"; exit 143\' TERM\n'
+    step += 'touch "$SAVE/runs"\n'
     slurm(machine, step + "while :; do sleep 0.05; done")
     process = machine.start("pretrain_t5_xxl_multinode.slurm", SAVE=str(tmp_path), **JOB)
     deadline = time.monotonic() + 20
@@ -177,7 +178,8 @@ def test_slurm_stops_and_requeues_before_the_time_limit(machine: Machine, tmp_pa
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGUSR1)
     assert process.wait(timeout=20) == 0
-    assert (tmp_path / "last").read_text() == "stopped\n", "the step is waited for"
+    assert (tmp_path / "last").exists(), "the step is waited for"
+    assert 30 < int((tmp_path / "last").read_text()) < 600, "torchrun uses most of the ten minutes' warning"
     assert machine.calls()[1:] == [["scontrol", "requeue", "12345"]]
 
 
