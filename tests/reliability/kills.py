@@ -28,7 +28,7 @@ from typing import Any
 from tests.corpora import make_byte_dataset, write_prose
 from tests.reliability.jobs import ForkedJob, Job, ProgramJob
 
-STEPS, SAVE_INTERVAL = 30, 5
+STEPS, SAVE_INTERVAL = 25, 5
 FLAGS = shlex.split(
     "--encoder-num-layers 2 --decoder-num-layers 2 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 "
     "--encoder-seq-length 32 --hidden-dropout 0.1 --attention-dropout 0.1 --lr 1e-2 --split 90,10,0 --log-interval 1 "
