@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.corpora import make_byte_dataset, write_prose
-from tests.reliability import faulty_program
+from tests.reliability import elastic, faulty_program
 from tests.reliability.faulty_program import FAULTS, PURPOSE
 from tests.reliability.jobs import ForkedJob
 from tests.reliability.signals import RUN, tail
@@ -101,7 +101,7 @@ def attempt(trial: Trial, data_path: Path) -> float | str:
 
 
 def count(trials: int | None = None) -> list[dict[str, Any]]:
-    """The row of R13; of all trials or of the first so many."""
+    """Rows of R13: of all trials, or of the first so many, and of runs under torchrun (`elastic.py`)."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         data_path = make_byte_dataset(write_prose(Path(name, "corpus.jsonl")))
@@ -118,4 +118,4 @@ def count(trials: int | None = None) -> list[dict[str, Any]]:
         "timeout_s": TIMEOUT_S,
         "slowest_end_s": round(max(durations, default=0.0), 1),
     }
-    return [row | ({"failures": failures} if failures else {})]
+    return [row | ({"failures": failures} if failures else {}), *(elastic.count() if trials is None else [])]
