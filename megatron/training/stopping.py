@@ -10,6 +10,7 @@ already, Ctrl-C in a terminal for one, is not a second wish.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ class StopControl:
         self.signal_number: int | None = None
         self._minutes = training.exit_duration_in_mins
         self._start = time.monotonic()
+        # A torchrun that is killed leaves its processes behind: they must not go on beside a job that is started anew.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._agreed = Stop.NO
         self._requested = self._signalled = _Wish()
         self._signals = 0
@@ -102,6 +105,8 @@ class StopControl:
         """Whether and how urgently to stop; all ranks call it together and get the same answer, which never falls."""
         if self._minutes is not None and time.monotonic() - self._start >= self._minutes * 60:
             self.request(f"--exit-duration-in-mins {self._minutes:g}")
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.request("torchrun is gone")
         wish = max(self._requested, self._signalled, key=lambda wish: wish.stop)
         stop = wish.stop
         if self.context.control_group is not None:

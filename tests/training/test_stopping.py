@@ -52,6 +52,17 @@ def test_a_forwarded_copy_of_a_signal_is_no_second_one() -> None:
         assert (control.poll(), control.reason) == (Stop.AFTER_STEP, "SIGINT")
 
 
+def test_processes_of_a_torchrun_that_was_killed_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = os.getppid()
+    alone = StopControl(ALONE, TrainingConfig())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    launched = StopControl(ALONE, TrainingConfig())
+    assert launched.poll() == Stop.NO
+    monkeypatch.setattr(os, "getppid", lambda: parent + 1)
+    assert (launched.poll(), launched.reason) == (Stop.AFTER_STEP, "torchrun is gone")
+    assert alone.poll() == Stop.NO
+
+
 def test_a_third_interrupt_ends_the_program_but_not_a_third_sigterm(every_signal_counts: None) -> None:
     with StopControl(ALONE, TrainingConfig()) as control:
         for _ in range(3):
