@@ -57,6 +57,7 @@ from megatron.core.dist_checkpointing.publishing import publish_directory, sweep
 from megatron.core.file_utils import make_directory, publish_bytes, write_durably
 
 WRITE_BYTES = 8 * 2**20  # written and added to the checksum at a time, so that the second use finds it in the cache
+WRITE_BACK_BYTES = 128 * 2**20  # given to the disk at a time: often enough to keep it busy, and each time costs some ms
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 logger = logging.getLogger(__name__)
@@ -199,13 +200,15 @@ def _write_shard(path: Path, items: list[WriteItem], planner: SavePlanner) -> St
         position += _nbytes(item)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the tensors to start at a multiple of 8
-    nbytes = 0
+    nbytes = begun = 0  # written, and of that given to the disk
     with path.open("wb") as file, _Checksum() as checksum:
         for block in _blocks([len(text).to_bytes(8, "little"), text], items, planner):
             checksum.add(block)
             file.write(block)
-            _start_writing_back(file, nbytes, len(block))
             nbytes += len(block)
+            if nbytes - begun >= WRITE_BACK_BYTES:
+                _start_writing_back(file, begun, nbytes - begun)
+                begun = nbytes
         file.flush()
         os.fsync(file.fileno())
     assert nbytes == 8 + len(text) + position, path
