@@ -7,6 +7,7 @@ one, and the next save must work and leave nothing behind. `power_loss` builds o
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import random
@@ -125,6 +126,7 @@ VARIANTS = [Variant(*choice) for choice in product(SITUATIONS, (1, 2), (False, T
 def _save(root: Path, variant: Variant, rank: int, rendezvous: str, pipe: Connection) -> None:
     """One rank's process: get ready, wait for the tracer, save, and tell how it went."""
     torch.set_num_threads(1)
+    logging.disable()
     situation, context, tensors = SITUATIONS[variant.situation], CPU, example(NEW_SEED)
     if variant.ranks > 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -140,10 +142,10 @@ def _save(root: Path, variant: Variant, rank: int, rendezvous: str, pipe: Connec
     try:
         saver.save(situation.iteration, tensors, description(NEW_SEED))
         saver.wait()
-        errors = [outcome.error for outcome in saver.outcomes()]
-        pipe.send("saved" if errors == [None] else f"failed: {errors}")
+        (outcome,) = saver.outcomes()
+        pipe.send("saved" if outcome.error is None else f"failed: {outcome.error}")
     except Exception as error:
-        pipe.send(f"failed: {error!r}")
+        pipe.send(f"raised: {error!r}")
     os._exit(0)  # a process group that lost a rank cannot be torn down in order
 
 
@@ -159,7 +161,7 @@ def run_save(
         folder: For the ranks' rendezvous.
 
     Returns:
-        What became of each rank ("saved", "failed: ..." or "killed"), and the tracer.
+        What became of each rank ("saved", "failed: ...", "raised: ..." or "killed"), and the tracer.
     """
     multiprocessing_context = multiprocessing.get_context("forkserver")
     multiprocessing_context.set_forkserver_preload([*PRELOAD, "tests.reliability.crash_points"])
@@ -234,26 +236,32 @@ class CrashPoints:
 
     def trials(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """A trial for each crash point of each rank."""
+        for rank, (name, number) in self.points():
+            yield f"{self.variant}, rank {rank}, {name} {number}", partial(self._try, rank, name, number)
+
+    def points(self) -> list[tuple[int, tuple[str, int]]]:
+        """Rank and (name, n) of each call that can change the disk."""
         calls = below(self.root, self.record().calls())
         paths = {path for call in calls for path in call.paths()}
-        paths |= {str(Path(path).parent) for path in paths} | {str(self.root)}
-        points = {
-            rank: kill_points(self.record([rank], tuple(sorted(paths))).calls()) for rank in range(self.variant.ranks)
-        }
-        number = sum(map(len, points.values()))
-        assert number >= sum(call.changes for call in calls) > 0, f"{number} crash points, {len(calls)} calls"
-        for rank in range(self.variant.ranks):
-            for point in points[rank]:
-                yield f"{self.variant}, rank {rank}, {point[0]} {point[1]}", partial(self._try, rank, point, paths)
+        self.paths = sorted(paths | {str(Path(path).parent) for path in paths} | {str(self.root)})
+        recorded = {rank: self.record([rank], tuple(self.paths)).calls() for rank in range(self.variant.ranks)}
+        points = [(rank, point) for rank, of_rank in recorded.items() for point in kill_points(of_rank)]
+        assert len(points) >= sum(call.changes for call in calls) > 0, f"{len(points)} points, {len(calls)} calls"
+        return points
 
-    def _try(self, rank: int, point: tuple[str, int], paths: set[str]) -> None:
+    def disturbed(self, rank: int, inject: str) -> list[str]:
+        """What becomes of the ranks of a save of which one is disturbed; see `Tracer`. After `points`."""
         self.renew()
         outcomes, _ = run_save(
             self.root,
             self.variant,
-            lambda pids: Tracer([pids[rank]], Path(os.devnull), sorted(paths), kill=point),
+            lambda pids: Tracer([pids[rank]], Path(os.devnull), self.paths, inject),
             self.folder,
         )
+        return outcomes
+
+    def _try(self, rank: int, name: str, number: int) -> None:
+        outcomes = self.disturbed(rank, f"{name}:signal=SIGKILL:when={number}")
         assert outcomes[rank] == "killed", f"the crash point was not reached: {outcomes}"
         self.situation.check(self.root, saved="saved" in outcomes)
         self.situation.check_next_save(self.root)

@@ -75,17 +75,17 @@ class Tracer:
         processes: Their ids.
         log: File to record calls in.
         paths: Only calls about these paths are recorded and counted. Default: all.
-        kill: (name, n): the first thread to make its n-th call of that name is killed with its process before the call
-            does anything.
+        inject: What to do to a call, as strace describes it: `write:signal=SIGKILL:when=3` kills the process at the
+            third call of that name that one of its threads makes, before it does anything.
     """
 
     def __init__(
-        self, processes: Iterable[int], log: Path, paths: Iterable[str] = (), kill: tuple[str, int] | None = None
+        self, processes: Iterable[int], log: Path, paths: Iterable[str] = (), inject: str | None = None
     ) -> None:
         command = ["strace", "-f", "-y", "-xx", "-s", "10000000", "-o", str(log), "-e", f"trace={','.join(CALLS)}"]
         command += [f"--trace-path={path}" for path in paths]
-        if kill is not None:
-            command += ["-e", f"inject={kill[0]}:signal=SIGKILL:when={kill[1]}"]
+        if inject is not None:
+            command += ["-e", f"inject={inject}"]
         waiting = set(processes)
         command += [f"--attach={process}" for process in waiting]
         self.log = log
@@ -133,7 +133,7 @@ def below(root: Path, calls: list[Call]) -> list[Call]:
 
 
 def kill_points(calls: list[Call]) -> list[tuple[str, int]]:
-    """(name, n) for every call that can change the disk, as `Tracer` wants it.
+    """(name, n) for every call that can change the disk, as injections want it.
 
     strace counts by thread and name, so calls of one name must all be made by one thread.
     """
