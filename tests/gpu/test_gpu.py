@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.core.config import ComputeConfig, ModelConfig, OptimizerConfig
+from megatron.core.dist_checkpointing import CheckpointSaver, load_checkpoint
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.optimizer import build_optimizer
 from megatron.core.parallel_state import ParallelContext
@@ -94,3 +95,25 @@ def test_torchrun_trains_and_saves_with_nccl(byte_dataset: Path, tmp_path: Path,
     assert result.returncode == 0, result.stderr
     assert rows(tmp_path / "metrics.jsonl", "memory_gib")[4] > 0
     assert (tmp_path / "iter_0000004" / "manifest.json").exists()
+
+
+def test_checkpoints_are_copied_through_pinned_memory(tmp_path):
+    """What is saved is what was there when it was ordered, whatever the GPU is given once the copies are made."""
+    saver = CheckpointSaver(tmp_path, ParallelContext(torch.device("cuda")), asynchronous=True)
+    tensors = {"large": torch.randn(4096, 1024, device="cuda"), "step": torch.tensor(1.0, device="cuda")}
+    tensors["transposed"] = torch.randn(300, 200, device="cuda").T
+    expected = {name: tensor.cpu() for name, tensor in tensors.items()}
+    saver.prepare(tensors)
+    for iteration in (1, 2):
+        saver.save(iteration, tensors, {}, wait_for_copies=False)
+        saver.wait_for_copies()
+        for tensor in tensors.values():
+            tensor.add_(1.0)
+    assert all(buffer.is_pinned() for buffer in saver.copies.buffers.values())
+    saver.close()
+    assert [outcome.error for outcome in saver.outcomes()] == [None, None]
+    for iteration in (1, 2):
+        loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        load_checkpoint(tmp_path / f"iter_000000{iteration}", loaded)
+        for name, tensor in loaded.items():
+            assert torch.equal(tensor.cpu(), expected[name] + (iteration - 1)), name
