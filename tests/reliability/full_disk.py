@@ -39,6 +39,10 @@ from tests.reliability.system_calls import why_unavailable
 ERRORS = {"fsync": "EIO", "fdatasync": "EIO", "rename": "EROFS", "unlink": "EACCES", "unlinkat": "EACCES"}
 USUAL_ERROR = "ENOSPC"
 PAGE = 4096
+RUN_STEPS = 100
+RUN_FLAGS = [*FLAGS[: FLAGS.index("--save-interval")], "--train-iters", str(RUN_STEPS), "--save-interval", "10"]
+RUN_FLAGS += ["--keep-last", "1", "--log-interval", "10"]
+RUN_FILES = ("metrics.jsonl", "finished", "tokenizer")
 
 
 def failing_calls(folder: Path, variant: Variant) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -236,3 +240,68 @@ def count_conditions() -> dict[str, Any]:
             for asynchronous in (False, True)
         ]
         return count_trials("R7", "full disk, file-size limit, read-only, directory gone, hint unwritable: real", every)
+
+
+def _wait_for(condition: Callable[[], bool], job: ForkedJob) -> None:
+    """Wait for something that a running job does."""
+    deadline = time.monotonic() + RUN_WITHIN_S
+    while not condition():
+        assert not job.ended(0.01), f"the run ended with statuses {job.statuses()}"
+        assert time.monotonic() < deadline, "the run does not come to it"
+
+
+def _saved_step(save: Path) -> int | None:
+    """Iteration of the newest sound checkpoint of a run."""
+    path = latest_checkpoint(save)
+    return None if path is None else int(read_manifest(path)["progress"]["iteration"])
+
+
+def _try_run(folder: Path, policy: str, asynchronous: bool, ranks: int, metrics_too: bool) -> None:
+    """A run whose disk is full from its first checkpoint on, until the run has told of a failed save."""
+    folder.mkdir()
+    data, log = make_byte_dataset(write_prose(folder / "corpus.jsonl")), folder / "log"
+    with small_disk(folder / "disk", size=2**21) as disk:
+        save, trouble = disk / "save", FullDisk(disk, disk / "save")
+        command = [*RUN_FLAGS, "--data-path", str(data), "--save", str(save), "--on-save-error", policy]
+        command += ["--async-save"] if asynchronous else []
+        command += [] if metrics_too else ["--metrics-file", str(folder / "metrics")]
+        job = ForkedJob(command, ranks, log)
+        try:
+            _wait_for(lambda: any(save.glob("iter_???????")), job)
+            trouble.begin()
+            if policy == "continue":
+                _wait_for(lambda: "training goes on without this checkpoint" in log.read_text(), job)
+                assert _saved_step(save) is not None, "the checkpoint before is gone"
+                trouble.end()
+            assert job.ended(RUN_WITHIN_S), "the run does not end"
+        finally:
+            job.kill(None)
+        output = log.read_text()
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in output, output[-1500:]
+        if policy == "continue":
+            assert (set(job.statuses()), errors) == ({0}, []), f"statuses {job.statuses()}: {output[-500:]}"
+            assert (_saved_step(save), leftovers(save, RUN_FILES)) == (RUN_STEPS, []), f"left: {leftovers(save)}"
+        else:
+            assert 5 in job.statuses(), f"statuses {job.statuses()}: {output[-500:]}"
+            assert len(errors) == 1 and "No space left" in errors[0], errors
+            assert _saved_step(save) is not None, "the checkpoint before is gone"
+
+
+def runs(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A trial for each policy, kind of save, number of ranks and place of the metrics."""
+    choices = product(("stop", "continue"), (False, True), (1, 2), (False, True))
+    for number, (policy, asynchronous, ranks, metrics_too) in enumerate(choices):
+        name = f"--on-save-error {policy}, {'a' * asynchronous}sync, {ranks} ranks, metrics there: {metrics_too}"
+        yield name, partial(_try_run, folder / str(number), policy, asynchronous, ranks, metrics_too)
+
+
+def count_runs() -> dict[str, Any]:
+    """One row."""
+    with scratch() as folder:
+        return count_trials("R7", "runs on a disk that becomes full: exit status 5, or they go on", runs(Path(folder)))
+
+
+def count() -> list[dict[str, Any]]:
+    """Failing system calls, real conditions, whole runs."""
+    return [count_failing_calls(), count_conditions(), count_runs()]

@@ -80,10 +80,10 @@ def load_latest(root: Path) -> int | None:
     return None if path is None else load_example(path)
 
 
-def leftovers(root: Path) -> list[str]:
-    """Names under `root` that are neither a published checkpoint nor the hint."""
+def leftovers(root: Path, files: tuple[str, ...] = ()) -> list[str]:
+    """Names under `root` that are neither a published checkpoint nor the hint nor one of `files`."""
     names = (path.name for path in root.iterdir()) if root.is_dir() else ()
-    return sorted(name for name in names if name != HINT and not PUBLISHED.fullmatch(name))
+    return sorted(name for name in names if name not in (HINT, *files) and not PUBLISHED.fullmatch(name))
 
 
 def count_trials(
