@@ -69,12 +69,12 @@ def _single_prefix(config: DataConfig) -> str:
     return config.data_path[0]
 
 
-def _manifest_entry(indexed: IndexedDataset, *keys: str) -> Any:
-    """The value under nested `keys` of the dataset's manifest."""
+def _manifest_entry(indexed: IndexedDataset, *keys: str) -> str:
+    """The text under nested `keys` of the dataset's manifest."""
     value: Any = indexed.manifest
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
-    if value is None:
+    if not isinstance(value, str):
         raise UserError(
             f"{manifest_path(indexed.prefix)} has no {'.'.join(keys)}; preprocess the corpus again, or remove it "
             "and give --tokenizer-type and --tokenizer-model (or --vocab-file)"
