@@ -47,6 +47,7 @@ COMMUNICATION_FAILURE = re.compile("gloo|nccl", re.IGNORECASE)  # their messages
 SOURCE_LOCATION = re.compile(r"^\[[^\]]*\.(cc|cpp|h):\d+\] ")  # in front of gloo's messages
 
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.2, 1.0
+SUSPICIOUS = 0.1  # part of the timeout after which a call is looked at more closely
 GRACE_S = 2.0  # for a process to leave in its own way once another has ended the job
 STORE_ANSWERS_WITHIN_S = 1.0
 MAX_GROUPS = 4  # of ranks that a message spells out
@@ -164,7 +165,7 @@ class Watchdog:
         self.rank, self.world_size = rank, world_size
         self.timeout_s = timeout.total_seconds()
         self.interval_s = min(max(self.timeout_s / 20, MIN_INTERVAL_S), MAX_INTERVAL_S)
-        self.silence_s = 3 * self.interval_s + 1  # after which a rank counts as gone
+        self.silence_s = 3 * self.interval_s + 2  # after which a rank counts as gone
         self._job_store = store if world_size > 1 else None
         self._node = os.environ.get("GROUP_RANK", "0")
         self._observations: dict[int, _Observation] = {}
@@ -259,7 +260,7 @@ class Watchdog:
             waited = self._waited_s()
             if self._leaving:
                 continue
-            self._listen_from_now_on(waited > self.timeout_s / 4)
+            self._listen_from_now_on(waited > SUSPICIOUS * self.timeout_s)
             if self._abort is not None or self._store_is_gone:
                 leave_at = leave_at or self._now + GRACE_S
                 if self._now >= leave_at:
@@ -282,7 +283,7 @@ class Watchdog:
             known = self._observations.get(ident)
             if known is None or not known.is_of(frame, self.step):
                 known = _Observation(frame, self.step, self._now)
-            elif self._now - known.since > self.timeout_s / 10 and known.place.collective is not None:
+            elif self._now - known.since > SUSPICIOUS * self.timeout_s and known.place.collective is not None:
                 known.hold(frame)
             observations[ident] = known
         self._observations = observations

@@ -21,7 +21,7 @@ from megatron.training.watchdog import Watchdog, describe_communication_failure
 from tests.distributed import PRELOAD
 from tests.reliability.faulty_program import fail
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 4.0
 CALL = r"all_reduce of _step \(test_watchdog.py:\d+\)"
 
 
