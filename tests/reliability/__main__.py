@@ -31,6 +31,7 @@ COUNTED = {  # name: module of this folder and its function, which returns rows
     "R10": "malformed_text:count",
     "R11": "preprocessing_workers:count",
     "R13": "hangs:count",
+    "R14": "mismatch:count",
     "R16": "rng_hygiene:count",
     "R17": "soak:count",
 }
