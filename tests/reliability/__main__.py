@@ -23,17 +23,22 @@ from tests.reliability.table import provenance, render
 
 COUNTED = {  # name: module of this folder and its function, which returns rows
     "R1": "kills:count",
+    "R2": "power_loss:count",
     "R3": "signals:count",
     "R4": "damaged_datasets:count",
     "R5": "numerical_faults:count",
     "R6": "ledger:count",
+    "R7": "full_disk:count",
     "R8": "concurrent_preprocessing:count",
+    "R9": "malicious:count",
     "R10": "malformed_text:count",
     "R11": "preprocessing_workers:count",
+    "R12": "bit_flips:count",
     "R13": "hangs:count",
     "R14": "mismatch:count",
     "R16": "rng_hygiene:count",
     "R17": "soak:count",
+    "R18": "retention:count",
 }
 
 

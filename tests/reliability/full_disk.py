@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -19,11 +20,14 @@ from typing import Any
 import torch
 
 from megatron.core.config import ParallelConfig
-from megatron.core.dist_checkpointing import CheckpointSaver
+from megatron.core.dist_checkpointing import CheckpointSaver, latest_checkpoint, read_manifest
 from megatron.core.dist_checkpointing.format import HINT
 from megatron.core.parallel_state import ParallelContext
+from tests.corpora import make_byte_dataset, write_prose
 from tests.distributed import run_distributed
 from tests.reliability.crash_points import VARIANTS, CrashPoints, Variant
+from tests.reliability.jobs import ForkedJob
+from tests.reliability.malicious import FLAGS, RUN_WITHIN_S
 from tests.reliability.small_checkpoints import (
     by_rows,
     count_trials,
@@ -216,30 +220,21 @@ def _try_hint(folder: Path, asynchronous: bool) -> None:
     assert not leftovers(folder)
 
 
+def conditions(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A trial for each condition, number of ranks and kind of save."""
+    for condition, ranks, asynchronous in product(CONDITIONS, (1, 2), (False, True)):
+        name = f"{condition.__name__}, {ranks} ranks, {'a' * asynchronous}sync"
+        yield name, partial(_try_condition, folder / name, ranks, condition, asynchronous)
+    for asynchronous in (False, True):
+        name = f"hint that is a directory, {'a' * asynchronous}sync"
+        yield name, partial(_try_hint, folder / name, asynchronous)
+
+
 def count_conditions() -> dict[str, Any]:
     """One row."""
     with scratch() as folder:
-        every = [
-            (
-                f"{condition.__name__}, {ranks} ranks, {'a' * asynchronous}sync",
-                partial(
-                    _try_condition,
-                    Path(folder, f"{condition.__name__}{ranks}{asynchronous}"),
-                    ranks,
-                    condition,
-                    asynchronous,
-                ),
-            )
-            for condition, ranks, asynchronous in product(CONDITIONS, (1, 2), (False, True))
-        ]
-        every += [
-            (
-                f"hint that is a directory, {'a' * asynchronous}sync",
-                partial(_try_hint, Path(folder, f"hint{asynchronous}"), asynchronous),
-            )
-            for asynchronous in (False, True)
-        ]
-        return count_trials("R7", "full disk, file-size limit, read-only, directory gone, hint unwritable: real", every)
+        what = "full disk, file-size limit, read-only, directory gone, hint unwritable: real"
+        return count_trials("R7", what, conditions(Path(folder)))
 
 
 def _wait_for(condition: Callable[[], bool], job: ForkedJob) -> None:
