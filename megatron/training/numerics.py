@@ -146,10 +146,10 @@ class Spike:
 class SpikeDetector:
     """Finds steps whose loss is far above those before it.
 
-    The rule: a step is a spike when its mean loss is above `mean + threshold x std` of the last 128 finite losses before
-    it. There must be at least 32 of these, and `std` is taken to be at least 1 % of the mean. A spike counts among them as
-    one of 2 deviations: it hides no others, and a lasting new level is not reported for ever. What is not finite is no
-    spike; such steps are skipped and counted (`SkipCounter`).
+    The rule: a step is a spike when its mean loss is above `mean + threshold x std` of the last 128 finite losses
+    before it. There must be at least 32 of these, and `std` is taken to be at least 1 % of the mean. A spike counts
+    among them as one of 2 deviations: it hides no others, and a lasting new level is not reported for ever. What is not
+    finite is no spike; such steps are skipped and counted (`SkipCounter`).
 
     Args:
         threshold: `--loss-spike-threshold`; 0 finds nothing.
