@@ -33,6 +33,7 @@ from megatron.training.config import GROUPS, CheckpointConfig, RunConfig
 CHANGEABLE_MODEL_FIELDS = ("hidden_dropout", "attention_dropout", "init_method_std")
 # Where the corpus lies, and an upper bound: neither changes what a sample is.
 CHANGEABLE_DATA_FIELDS = ("data_path", "decoder_seq_length")
+SPLITS = {"validation", "test"}  # that are evaluated
 SHOWN_STEPS = 5
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,10 @@ def _check_entries(manifest: dict[str, Any]) -> Progress:
     entries = {dict: [*groups, manifest["tokenizer"], manifest["dataset"], manifest["schedule"]], int: sizes}
     for name, default in asdict(Progress()).items():
         entries.setdefault(type(default), []).append(getattr(progress, name))
+    entries |= {str: progress.pending_evaluations, float: progress.recent_losses}
     if not all(isinstance(entry, kind) for kind, values in entries.items() for entry in values):
+        raise TypeError
+    if not all(0 <= count < 2**63 for count in entries[int]) or set(progress.pending_evaluations) - SPLITS:
         raise TypeError
     return progress
 

@@ -208,6 +208,48 @@ def count_pickles(positions: list[str] | None = None, kinds: list[str] | None = 
         return count_trials("R9", what, trials(Path(folder), *chosen))
 
 
+Manifest = dict[str, Any]
+ENTRIES: dict[str, Callable[[Manifest], object]] = {  # what a run takes from a manifest, forged
+    "no configuration": lambda m: m.pop("config"),
+    "configuration that is a list": lambda m: m.update(config=[]),
+    "architecture that is null": lambda m: m["config"].update(model=None),
+    "no progress": lambda m: m.pop("progress"),
+    "unknown kind of progress": lambda m: m["progress"].update(pickle="x"),
+    "iteration that is text": lambda m: m["progress"].update(iteration="2"),
+    "negative iteration": lambda m: m["progress"].update(iteration=-5),
+    "huge iteration": lambda m: m["progress"].update(iteration=10**30),
+    "half a sample": lambda m: m["progress"].update(consumed_samples=1.5),
+    "losses that are text": lambda m: m["progress"].update(recent_losses=["6.1"]),
+    "evaluation of an unknown split": lambda m: m["progress"].update(pending_evaluations=["../x"]),
+    "schedule that is null": lambda m: m.update(schedule=None),
+    "batch size that is text": lambda m: m.update(global_batch_size="4"),
+    "dataset that is null": lambda m: m.update(dataset=None),
+    "tokenizer that is a list": lambda m: m.update(tokenizer=[1]),
+}
+
+
+def _try_entry(source: Path, directory: Path, change: Callable[[Manifest], object]) -> None:
+    shutil.copytree(source, directory)
+    seal(_newest(directory), change)
+    status, output = run(training_command(directory), directory / "log")
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert (status, len(errors)) == (1, 1) and CHECKPOINT in errors[0], f"status {status}: {output[-500:]}"
+    assert "Traceback" not in output, output[-500:]
+    shutil.rmtree(directory)
+
+
+def count_entries() -> dict[str, Any]:
+    """A row over forged progress and configuration."""
+    with scratch() as folder:
+        source = Path(folder, "source")
+        prepare(source)
+        every = [
+            (name, partial(_try_entry, source, Path(folder, str(number)), change))
+            for number, (name, change) in enumerate(ENTRIES.items())
+        ]
+        return count_trials("R9", "forged progress and configuration refused in one line by a run", every)
+
+
 def count() -> list[dict[str, Any]]:
     """Planted pickles and forged checkpoints."""
-    return [count_pickles(), *count_forged()]
+    return [count_pickles(), count_entries(), *count_forged()]
