@@ -8,6 +8,7 @@ line and ends the job; every other process, also the one that hangs, reads that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import linecache
 import os
@@ -231,9 +232,8 @@ class Watchdog:
         Returns:
             Whether this rank was the first to say so, or cannot know: then the line is to be shown.
         """
-        silent = {rank for rank, report in self._reports.items() if self._is_silent(report)}
-        pids = [self._reports[rank].values["process"] for rank in silent]
-        sent = json.dumps({"rank": self.rank, "node": self._node, "message": message, "silent": pids})
+        said = {"rank": self.rank, "node": self._node, "message": message, "silent": self._silent_processes()}
+        sent = json.dumps(said)
         first = self._within_limits(lambda: self._store.compare_set("abort", "", sent))
         if first is not None and first.decode() != sent:
             self._abort = json.loads(first)
@@ -313,11 +313,10 @@ class Watchdog:
 
     def _kill_silent_neighbours(self) -> None:
         """End processes of this node that cannot end themselves: a launcher would wait for them."""
-        for node, pid in (self._abort or {}).get("silent", []) + [
-            report.values["process"] for report in self._reports.values() if self._is_silent(report)
-        ]:
+        for node, pid in (self._abort or {}).get("silent", []) + self._silent_processes():
             if node == self._node and _parent_of(pid) == os.getppid():
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, signal.SIGKILL)
 
     # What happens in the thread that talks to the store, which may wait for it forever.
 
@@ -378,6 +377,11 @@ class Watchdog:
     def _is_silent(self, report: _Report) -> bool:
         reached = time.monotonic() - self._contact < self.silence_s
         return reached and report.values["state"] == "running" and time.monotonic() - report.at > self.silence_s
+
+    def _silent_processes(self) -> list[list[Any]]:
+        """Node and process id of each rank that is silent."""
+        # A copy: the other thread adds reports meanwhile.
+        return [report.values["process"] for report in list(self._reports.values()) if self._is_silent(report)]
 
     def _accusation(self) -> str:
         """The line about a collective that has lasted too long: this rank, the call, and who is not there."""
