@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import shutil
+import tempfile
 import time
 from contextlib import closing
 from itertools import product
@@ -29,12 +30,11 @@ from tests.reliability.small_checkpoints import (
     example,
     load_example,
     save_example,
-    scratch,
 )
 
 
 def _observe(root: Path, pipe: Connection) -> None:
-    """Look for the newest checkpoint until told to stop; tells how often it did, the last save it saw, what was wrong."""
+    """Load the newest checkpoint until told to stop; tells how often, the last save it saw, and what was wrong."""
     logging.disable()
     looks, problems, newest = 0, [], 0
     pipe.send("ready")
@@ -125,7 +125,7 @@ def _save_many(rank: int, root: Path, asynchronous: bool, saves: int) -> None:
 def watch(ranks: int, asynchronous: bool, saves: int) -> dict[str, Any]:
     """The row of one kind of save: what was seen while `saves` checkpoints came and went."""
     started = time.perf_counter()
-    with scratch() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # on a disk, where a save takes long enough to be looked at
         root = Path(folder, "root")
         save_example(root, 0, 0)  # so that there is one from the first look on
         context = multiprocessing.get_context("forkserver")
