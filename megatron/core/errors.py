@@ -5,9 +5,11 @@ class UserError(ValueError):
     """A flag, file or value the user gave is wrong.
 
     The message is a single line that names the flag or file, what was found and what to do.
-    Command-line programs print it without a traceback and exit with status 1; anything else that
+    Command-line programs print it without a traceback and exit with its status; anything else that
     escapes is a bug of ours and keeps its traceback.
     """
+
+    exit_status = 1
 
 
 class RunError(RuntimeError):

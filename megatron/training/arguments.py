@@ -443,7 +443,7 @@ def exit_status(program: Callable[[], object], output: str, interrupted: str) ->
         with _signals_interrupt():
             program()
     except UserError as error:
-        message, status = f"error: {error}", EXIT_USER_ERROR
+        message, status = f"error: {error}", error.exit_status
     except OSError as error:
         message, status = f"error: {error.filename or output}: {error.strerror or error}", EXIT_USER_ERROR
     except KeyboardInterrupt as interrupt:
@@ -462,16 +462,12 @@ def run_command_line(main: Callable[[], int | None], is_printing_process: bool =
     """
     try:
         sys.exit(main() or 0)
-    except UserError as error:
-        if not is_printing_process:
-            time.sleep(OTHER_PROCESS_PRINTS_WITHIN_S)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
     except CommunicationError as error:  # each process saw something else of it
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Without the clean-up of an orderly end, which would wait for processes that are gone.
         os._exit(error.exit_status)
-    except RunError as error:
-        if is_printing_process:
-            print(f"error: {error}", file=sys.stderr)
+    except (UserError, RunError) as error:
+        if not is_printing_process:
+            time.sleep(OTHER_PROCESS_PRINTS_WITHIN_S)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

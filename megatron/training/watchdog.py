@@ -50,6 +50,7 @@ SOURCE_LOCATION = re.compile(r"^\[[^\]]*\.(cc|cpp|h):\d+\] ")  # in front of glo
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.2, 1.0
 SUSPICIOUS = 0.1  # part of the timeout after which a call is looked at more closely
 GRACE_S = 2.0  # for a process to leave in its own way once another has ended the job
+GRACE_FOR_SAME_ERROR_S = 5.0  # ... with an error that this one will probably raise too
 STORE_ANSWERS_WITHIN_S = 1.0
 MAX_GROUPS = 4  # of ranks that a message spells out
 
@@ -212,9 +213,19 @@ class Watchdog:
         message = describe_communication_failure(error, self.rank)
         if message is None:
             first_line = (str(error).splitlines() or [""])[0]
-            message = f"rank {self.rank} ended with {type(error).__name__}: {first_line}"
-            if self.abort(message) and not isinstance(error, (UserError, RunError, SystemExit)):
-                print(f"error: {message}", file=sys.stderr, flush=True)  # the traceback, which follows, names no rank
+            if isinstance(error, (UserError, RunError)):
+                # Mostly all ranks raise it, each in its time, and one process of a node shows it.
+                self.abort(
+                    f"{first_line} (rank {self.rank})",
+                    error.exit_status,
+                    shown=os.environ.get("LOCAL_RANK", "0") == "0",
+                )
+            else:
+                message = f"rank {self.rank} ended with {type(error).__name__}: {first_line}"
+                if self.abort(message) and not isinstance(error, SystemExit):
+                    print(
+                        f"error: {message}", file=sys.stderr, flush=True
+                    )  # the traceback, which follows, names no rank
             self._linger()
             return
         message += self._missing_ranks()
@@ -223,16 +234,19 @@ class Watchdog:
             raise CommunicationError(message) from error
         self._end(self._repeated())
 
-    def abort(self, message: str) -> bool:
-        """Make all other ranks leave with exit status 3.
+    def abort(self, message: str, status: int = CommunicationError.exit_status, shown: bool = True) -> bool:
+        """Make all other ranks leave.
 
         Args:
             message: One line that says why.
+            status: Their exit status. With another than 3, they are given time to raise the same error themselves.
+            shown: Whether this process shows the line on its node.
 
         Returns:
             Whether this rank was the first to say so, or cannot know: then the line is to be shown.
         """
         said = {"rank": self.rank, "node": self._node, "message": message, "silent": self._silent_processes()}
+        said |= {"status": status, "shown": shown}
         sent = json.dumps(said)
         first = self._within_limits(lambda: self._store.compare_set("abort", "", sent))
         if first is not None and first.decode() != sent:
@@ -262,7 +276,8 @@ class Watchdog:
                 continue
             self._listen_from_now_on(waited > SUSPICIOUS * self.timeout_s)
             if self._abort is not None or self._store_is_gone:
-                leave_at = leave_at or self._now + GRACE_S
+                own_error = self._abort is not None and self._abort["status"] != CommunicationError.exit_status
+                leave_at = leave_at or self._now + (GRACE_FOR_SAME_ERROR_S if own_error else GRACE_S)
                 if self._now >= leave_at:
                     gone = f"rank {self.rank} leaves {self._current_place()}, the store of the job is gone"
                     self._end(gone if self._abort is None else self._repeated())
@@ -309,7 +324,7 @@ class Watchdog:
             print(f"error: {message}", file=sys.stderr, flush=True)
         self._kill_silent_neighbours()
         self._linger()
-        os._exit(CommunicationError.exit_status)
+        os._exit(CommunicationError.exit_status if self._abort is None else self._abort["status"])
 
     def _kill_silent_neighbours(self) -> None:
         """End processes of this node that cannot end themselves: a launcher would wait for them."""
@@ -428,10 +443,12 @@ class Watchdog:
         return _describe_groups(missing)
 
     def _repeated(self) -> str | None:
-        """What another node's rank said, on the one process of this node that says so."""
+        """What another rank said and does not show on this node, on the one process of this node that shows it."""
         said = self._abort
-        if said is None or said["node"] == self._node or os.environ.get("LOCAL_RANK", "0") != "0":
+        if said is None or os.environ.get("LOCAL_RANK", "0") != "0":
             return None
+        if said["node"] == self._node:
+            return None if said["shown"] else str(said["message"])
         return f"{said['message']} (said by rank {said['rank']})"
 
 
