@@ -71,7 +71,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _clutter(root: Path, iteration: int) -> None:
-    """What crashes and bad disks leave: directories that are incomplete or damaged, newer and older than the sound one."""
+    """What crashes and bad disks leave: incomplete and damaged directories, newer and older than the sound one."""
     sound = checkpoint_path(root, iteration)
     for number, spoil in enumerate((_no_manifest, _no_shard, _half_a_shard, _flipped_bit), 1):
         for other in (iteration + 5000 + number, iteration * 10 + number):
