@@ -11,6 +11,7 @@ import torch
 
 import megatron
 from megatron.core.dist_checkpointing import CheckpointTensors, Unpadded
+from megatron.core.errors import SaveError
 from megatron.core.file_utils import publish_bytes
 from megatron.core.optimizer import LearningRateSchedule, Optimizer
 from megatron.training.config import RunConfig
@@ -97,4 +98,8 @@ def unmark_finished(save: str) -> None:
 
 def mark_finished(save: str, progress: Progress) -> None:
     """Leave the marker that tells a finished run from one that was stopped (see the exit codes in the README)."""
-    publish_bytes(Path(save, FINISHED_MARKER), (json.dumps(asdict(progress)) + "\n").encode())
+    path = Path(save, FINISHED_MARKER)
+    try:
+        publish_bytes(path, (json.dumps(asdict(progress)) + "\n").encode())
+    except OSError as error:
+        raise SaveError(f"{path}: {error.strerror}; the run is complete, mend this and give the same command") from None

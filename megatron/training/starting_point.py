@@ -194,11 +194,13 @@ def _candidates(config: CheckpointConfig) -> _Candidates | None:
 
 def _go_back(save: Path, step: int, scope: Scope) -> _Candidates:
     """The checkpoint of `step` in `--save`, or what a run that went back to it before has saved since."""
-    later = [path for path in _published(save) if _step(path) > step]
+    published = _published(save)
+    later = [path for path in published if _step(path) > step]
     since = [path for path in later if _was_saved_under(path, "ckpt_step", step)]
     if since:
         remark = f"saved since --ckpt-step {step} was obeyed; to go back again, remove {_names(since)}"
-        return _Candidates(since, scope, own=True, remark=remark)
+        candidates = [*since, *(path for path in published if _step(path) == step)]
+        return _Candidates(candidates, scope, own=True, remark=remark)
     warning = (
         f"{save} holds {_names(later)}, later than --ckpt-step {step}: each stays until this run saves the same step "
         "and replaces it, and a run without --ckpt-step continues from the newest"

@@ -23,8 +23,9 @@ import torch
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.config import TrainingConfig
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGTERM: launchers and schedulers; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning before the time limit."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""SIGTERM: launchers and schedulers; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning before the time limit; SIGHUP: the end of
+a terminal, unless `nohup` has it ignored."""
 
 SAME_REQUEST_S = 1.0
 """Signals that are closer to each other are one wish to stop."""
@@ -76,6 +77,8 @@ class StopControl:
 
     def __enter__(self) -> StopControl:
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._replaced[number] = signal.signal(number, self._on_signal)
             # Library code that is reading or writing a file in another thread goes on instead of failing with EINTR.
             signal.siginterrupt(number, False)
@@ -101,10 +104,13 @@ class StopControl:
         if not self._requested.stop:
             self._requested = _Wish(Stop.AFTER_STEP, reason)
 
-    def poll(self) -> Stop:
-        """Whether and how urgently to stop; all ranks call it together and get the same answer, which never falls."""
+    def check_time(self) -> None:
+        """Stop if the time limit is over; called after a step, so that each start of a run makes one at least."""
         if self._minutes is not None and time.monotonic() - self._start >= self._minutes * 60:
             self.request(f"--exit-duration-in-mins {self._minutes:g}")
+
+    def poll(self) -> Stop:
+        """Whether and how urgently to stop; all ranks call it together and get the same answer, which never falls."""
         if self._launcher is not None and os.getppid() != self._launcher:
             self.request("torchrun is gone")
         wish = max(self._requested, self._signalled, key=lambda wish: wish.stop)

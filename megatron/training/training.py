@@ -103,7 +103,9 @@ class Trainer:
         self.peak_tflops = device_peak_tflops(context.device, config.logging)
         self.sinks: list[Sink] = []
         self.window = StepWindow(context.device, counts=self.model.counts_loss)
-        self.saved_iteration = self.progress.iteration  # nothing is new yet
+        # What a run has loaded from elsewhere is new in its own directory; otherwise nothing is new yet.
+        elsewhere = start is not None and start.path.parent != Path(config.checkpoint.save or start.path.parent)
+        self.saved_iteration = 0 if elsewhere else self.progress.iteration
         self.save_failure: CheckpointError | None = None  # of the last save
         self.saver: CheckpointSaver | None = None
         checkpoint = config.checkpoint
@@ -248,6 +250,7 @@ class Trainer:
             self.save()
         if training.exit_interval is not None and step % training.exit_interval == 0:
             self.stop.request(f"--exit-interval {training.exit_interval}")
+        self.stop.check_time()
         self._note_saves()
 
     def _leave(self) -> int:
@@ -361,7 +364,8 @@ class Trainer:
                     "checkpoint_failed": outcome.error is not None,
                 }
             )
-            self.save_failure = outcome.error
+            if outcome.error is not None or self.config.checkpoint.on_save_error == "continue":
+                self.save_failure = outcome.error
             if outcome.error is None:
                 paused = f", a pause of {outcome.pause_seconds:.1f} s" if self.config.checkpoint.async_save else ""
                 say(f"saved {outcome.path} in {outcome.seconds:.1f} s{paused}", self.context.is_main)
@@ -399,7 +403,9 @@ class Trainer:
                     unmark_finished(save)
             except OSError as error:
                 raise UserError(f"--save {save}: {error.strerror}; give a directory that can be written") from None
-        self.sinks = build_sinks(self.config.logging, save, iteration, self.config.to_dict())
+        self.sinks = build_sinks(
+            self.config.logging, save, iteration, self.progress.pending_evaluations, self.config.to_dict()
+        )
 
     def describe(self) -> str:
         """One line about what is about to happen."""
@@ -476,7 +482,9 @@ def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: b
             status = trainer.train()
         except BaseException as error:
             # A save that is running can only end when the other ranks do their part, as after what all raise together.
-            trainer.close(wait=isinstance(error, RunError))
+            # A single process needs nobody else.
+            alone = context.world_size == 1 and isinstance(error, Exception)
+            trainer.close(wait=alone or isinstance(error, RunError))
             raise
         trainer.close()
         if status == 0 and not stop.reason:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,33 @@ def test_rows_that_will_be_written_again_are_dropped(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"iteration": i}) + "\n" for i in (1, 2, 2, 3)) + '{"iteration": 4, "lm_')
     JsonlSink(path, 2).close()
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2, 2]
+
+
+def test_an_evaluation_that_is_made_again_is_dropped_where_the_run_continues(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    written = [{"iteration": i, key: 1.0} for i in (1, 2, 3) for key in ("lm_loss", "validation_lm_loss")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in written))
+    JsonlSink(path, 2, ["validation"]).close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == written[:3]
+
+
+def test_rows_are_lost_while_the_disk_is_full_and_only_they(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.jsonl"
+    sink = JsonlSink(path, 0)
+    sink.write({"iteration": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))  # a part of a line fits
+        sink.write({"iteration": 2})
+        sink.write({"iteration": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    sink.write({"iteration": 4})
+    sink.close()
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 4]
+    assert capsys.readouterr().err.count("rows are lost") == 1
 
 
 @pytest.mark.parametrize("content", ["some text\n", '{"text": "a document"}\n', "[1]\n"])
@@ -68,3 +97,13 @@ def test_wandb_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Error=Error, init=init))
     with pytest.raises(UserError, match=r"--wandb-project t5: api_key not configured \(no-tty\); "):
         WandbSink("t5", None, {})
+
+
+def test_wandb_gets_no_rows_of_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    run = SimpleNamespace(log=lambda values, step: steps.append(step))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Error=Exception, init=lambda **_: run))
+    sink = WandbSink("t5", None, {})
+    for iteration in (1, 5, 3, 6):  # a checkpoint of step 3 that was written meanwhile
+        sink.write({"iteration": iteration, "lm_loss": 1.0})
+    assert steps == [1, 5, 5, 6]

@@ -76,6 +76,8 @@ def test_time_limit() -> None:
     with StopControl(ALONE, TrainingConfig(exit_duration_in_mins=0.5 / 60)) as control:
         assert control.poll() == Stop.NO
         time.sleep(0.5)
+        assert control.poll() == Stop.NO  # until a step has been made
+        control.check_time()
         assert (control.poll(), control.signal_number) == (Stop.AFTER_STEP, None)
         assert control.reason == "--exit-duration-in-mins 0.00833333"
 
@@ -110,6 +112,7 @@ def answers(rank: int) -> list[tuple[Stop, str, int | None]]:
         deliver(signal.SIGTERM)
         ask(control)
     with StopControl(context, TrainingConfig(exit_duration_in_mins=1e-9)) as control:
+        control.check_time()
         ask(control)
     with StopControl(context, TrainingConfig()) as control:
         if rank == 0:

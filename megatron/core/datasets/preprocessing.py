@@ -391,7 +391,7 @@ class _Workers:
     def _death_reported(self, connection: Connection) -> Iterator[None]:
         try:
             yield
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:
             process = self._processes[connection]
             process.join(_EXIT_STATUS_WITHIN_S)
             raise UserError(

@@ -6,6 +6,8 @@ like rubbish to it may be a save of the run that writes there.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import re
 import shutil
@@ -16,6 +18,8 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing.format import checkpoint_path, looks_sound
 from megatron.core.file_utils import fsync_directory
+
+logger = logging.getLogger(__name__)
 
 _ITERATION = re.compile(r"iter_(\d{7,})(\.replaced)?")
 _TEMPORARY = re.compile(r"iter_\d{7,}\.tmp-[0-9a-f]+")
@@ -40,14 +44,20 @@ def temporary_directory(final: Path) -> Path:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove `path`, which leaves its name whole, in one step: nothing looks like a checkpoint that is half there."""
+    """Remove `path`, which leaves its name whole, in one step: nothing looks like a checkpoint that is half there.
+
+    What cannot be removed (a file that another host has open on a network disk, say) is left to the next sweep.
+    """
     doomed = temporary_directory(path)
     path.rename(doomed)
     fsync_directory(path.parent)
-    if doomed.is_symlink() or not doomed.is_dir():
-        doomed.unlink()
-    else:
-        shutil.rmtree(doomed)
+    try:
+        if doomed.is_symlink() or not doomed.is_dir():
+            doomed.unlink()
+        else:
+            shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("warning: cannot remove %s: %s", doomed, error)
 
 
 def sweep(root: Path) -> None:
@@ -88,10 +98,15 @@ def prune(root: Path, keep_last: int, keep_every: int | None, published: Path) -
     """Remove checkpoints of `root` after `published` has been published.
 
     Kept are `published`, the `keep_last` newest that look sound, and those of iterations divisible by `keep_every`.
-    What does not look sound does not count and is not touched: it may be of a newer version of this program.
+    What does not look sound does not count and is not touched: it may be of a newer version of this program. Nor does
+    what comes after `published`, of which there is something when a run has gone back (`--ckpt-step`).
     """
     kept = 0
-    for iteration, _, path in sorted(_published(root), reverse=True):
+    candidates = sorted(_published(root), reverse=True)
+    newest = next((iteration for iteration, _, path in candidates if path == published), math.inf)
+    for iteration, _, path in candidates:
+        if iteration > newest:
+            continue
         if kept < keep_last:
             kept += looks_sound(path)
         elif path != published and not (keep_every and iteration % keep_every == 0) and looks_sound(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
 import threading
@@ -15,6 +16,8 @@ from torch.distributed.checkpoint import WriteItem
 from megatron.core.dist_checkpointing.padding import SavePlanner, Unpadded
 from megatron.core.dist_checkpointing.serialization import CheckpointTensors
 from megatron.core.parallel_state import ParallelContext
+
+logger = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # bytes; a cache line
 TOUCHED_BYTES = 64 * 2**20  # touched at a time, so that the end of the program need not wait for the rest
@@ -39,7 +42,7 @@ class HostCopies:
         self.buffers: dict[str, torch.Tensor] = {}
         self.memory: torch.Tensor | None = None  # all buffers, bytes
         self.touching: threading.Thread | None = None
-        self.error: Exception | None = None  # of the thread that touches
+        self.is_pinned = False
 
     def prepare(self, tensors: CheckpointTensors) -> None:
         """Decide which rank copies what and begin to take the memory; all ranks call it together, it may be repeated.
@@ -63,8 +66,6 @@ class HostCopies:
         self._prepare(pieces)
         assert self.touching is not None
         self.touching.join()
-        if self.error is not None:
-            raise RuntimeError("cannot pin host memory for copies of a checkpoint") from self.error
         if ready is None:
             self._copy_all(pieces)
         else:  # beside what else the GPU does, after what it had been given when the copies were ordered
@@ -83,9 +84,9 @@ class HostCopies:
         """Give the memory back."""
         if self.touching is not None:
             self.touching.join()
-        if self.memory is not None and self.error is None and self.on_gpu:
+        if self.memory is not None and self.is_pinned:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr()))
-        self.buffers, self.memory, self.planned = {}, None, None
+        self.buffers, self.memory, self.planned, self.is_pinned = {}, None, None, False
 
     def _prepare(self, pieces: dict[str, Unpadded]) -> None:
         planner = SavePlanner()
@@ -133,8 +134,9 @@ class HostCopies:
                     flags = 1  # portable: pinned for every CUDA context
                     error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), flags)
                     torch.cuda.check_error(error)
-            except Exception as raised:
-                self.error = raised
+                self.is_pinned = True
+            except Exception as error:  # limits of a container, for one
+                logger.warning("warning: host memory for copies cannot be pinned, saving takes longer: %s", error)
 
 
 def _pieces(tensors: CheckpointTensors) -> dict[str, Unpadded]:
