@@ -82,10 +82,11 @@ def run_trial(trial: Trial, data_path: Path) -> float:
             if not job.ended(0):
                 job.kill(None)
         statuses = list(job.statuses())
-        assert statuses.pop(trial.victim) == STATUS_OF_VICTIM[trial.fault], f"statuses {job.statuses()}: {tail(log)}"
-        # The launcher ends who leaves late. What is raised while a checkpoint is written is raised on all ranks.
-        allowed = {3, -15} | ({1} if (trial.fault, trial.phase) == ("raise", "save") else set())
-        assert allowed.issuperset(statuses), f"statuses {job.statuses()}: {tail(log)}"
+        own, of_others = {STATUS_OF_VICTIM[trial.fault]}, {3, -15}  # -15: the launcher ended who left late
+        if (trial.fault, trial.phase) == ("raise", "save"):  # is raised on all ranks
+            own, of_others = {1, -15}, {1, 3, -15}
+        victim = statuses.pop(trial.victim)
+        assert victim in own and of_others.issuperset(statuses), f"statuses {job.statuses()}: {tail(log)}"
         message = MESSAGES[trial.fault].format(victim=trial.victim)
         assert re.search(message, log.read_text()), f"does not say {message}: {tail(log)}"
     return seconds
