@@ -1,9 +1,10 @@
 """Time to save and load a checkpoint against plain copies of the same bytes on the same disk.
 
-The checkpoint is a T5 model's with Adam state, of one process. Contenders take turns, in an order that rotates from
-round to round; rows are medians over the rounds, of which the first is left out. What a copy reads is in the page
-cache, so that it only has to write. Before each turn everything is on the disk (sync); before loads and reads the files
-are dropped from the page cache. Saves and the copy count until fsync has returned.
+The checkpoint is a T5 model's with Adam state, of one process. Contenders take turns, in another random order each
+round; rows are medians over the rounds, of which the first is left out. What a copy reads is in the page cache, so that
+it only has to write. Before each turn everything is on the disk (sync) and the disk rests, since one that is rented
+may be faster for a while after a rest; before loads and reads the files are dropped from the page cache. Saves and the
+copy count until fsync has returned.
 
     save              CheckpointSaver, synchronous
     copy              shutil.copyfile of the checkpoint's files, fsync
@@ -15,7 +16,8 @@ are dropped from the page cache. Saves and the copy count until fsync has return
 
 `pause_s` is how long training stands still: with the asynchronous save, until `save` returns. The next optimizer step
 may not begin before `copied_s` after the call; the forward and backward passes before it run beside the copies, and
-where they are shorter, the pause is longer by the difference. Prints one JSON object a row, and a table.
+where they are shorter, the pause is longer by the difference. Prints one JSON object a row, and a table. Run it on a
+machine without other work: its load averages are in the rows.
 
     python benchmarks/checkpoint.py [--output benchmarks/results/checkpoint.jsonl]
 """
@@ -26,6 +28,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import sys
@@ -77,7 +80,7 @@ def read_files(directory: Path) -> None:
     block = memoryview(bytearray(BLOCK_BYTES))
     for file in directory.iterdir():
         with file.open("rb", buffering=0) as content:
-            while content.readinto(block):  # type: ignore[attr-defined]
+            while content.readinto(block):
                 pass
 
 
@@ -97,10 +100,11 @@ class Benchmark:
     Args:
         folder: Directory to write to, on the disk that is to be measured.
         tensors: What is saved.
+        rest_s: Seconds before each turn.
     """
 
-    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-        self.folder, self.tensors = folder, tensors
+    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor], rest_s: float) -> None:
+        self.folder, self.tensors, self.rest_s = folder, tensors, rest_s
         self.target = folder / "target"
         self.times: dict[str, list[dict[str, float]]] = defaultdict(list)  # by contender, one dictionary a round
         saver = CheckpointSaver(folder / "source", CONTEXT)
@@ -154,12 +158,13 @@ class Benchmark:
         load_checkpoint(self.source, self.tensors)
 
     def round(self, number: int) -> None:
-        """Let every contender have a turn, beginning with another one each time."""
+        """Let every contender have a turn, in an order of each round's own."""
         names = list(self.contenders)
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        random.Random(number).shuffle(names)
+        for name in names:
             read_files(self.source)  # for the copy, and so that every turn finds the page cache alike
             os.sync()
+            time.sleep(self.rest_s)
             self.times[name].append(self.contenders[name]())
             shutil.rmtree(self.target, ignore_errors=True)
 
@@ -203,16 +208,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the rows to this file too")
     parser.add_argument("--size", default="t5-v1_1-base", choices=sorted(PRESETS), help="preset of the model")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds; one more warms up")
+    parser.add_argument("--rest", type=float, default=10.0, help="seconds before each turn")
     parser.add_argument("--directory", type=Path, help="directory on the disk to measure; default: a temporary one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tensors = state_of_training(options.size)
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-        benchmark = Benchmark(Path(folder), tensors)
+        benchmark = Benchmark(Path(folder), tensors, options.rest)
+        loads = []
         for number in range(options.rounds + 1):
             benchmark.round(number)
-            print(f"round {number} of {options.rounds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+            loads.append(round(os.getloadavg()[0], 1))
+            print(f"round {number} of {options.rounds}, load {loads[-1]}", file=sys.stderr, flush=True)
         rows = benchmark.rows()
     setting = {
         "benchmark": "checkpoint",
@@ -220,7 +228,9 @@ def main() -> None:
         "parameters": sum(t.numel() for name, t in tensors.items() if name.startswith("model/")),
         "gib": round(sum(t.nbytes for t in tensors.values()) / 2**30, 3),
         "rounds": options.rounds,
+        "rest_s": options.rest,
         "cpus": os.cpu_count(),
+        "load_averages": loads,  # above 1, others used the machine
         "machine": platform.machine(),
         "torch": torch.__version__.split("+")[0],
         "command": " ".join(["python", "benchmarks/checkpoint.py", *sys.argv[1:]]),
