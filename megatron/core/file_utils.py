@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,8 @@ def fsync_directory(directory: Path) -> None:
 def make_directory(directory: Path) -> None:
     """Make `directory`, and those above it that are missing, durably; nothing happens where it exists."""
     if not directory.is_dir():
+        if directory.exists():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
         make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
         fsync_directory(directory.parent)
