@@ -203,7 +203,7 @@ class ProgramJob:
         started = descendants(self._process.pid)
         for pid in (self._process.pid, *started):
             _signal(pid, signal.SIGKILL)
-        while any(_is_running(pid) for pid in started):
+        while any(is_running(pid) for pid in started):
             time.sleep(0.01)
         return was_there
 
@@ -243,7 +243,7 @@ def _environment(pid: int, name: str) -> str | None:
     return next((entry[len(prefix) :].decode() for entry in entries if entry.startswith(prefix)), None)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether a process is there and no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
