@@ -8,7 +8,6 @@ a checkpoint that was saved under them. (Megatron-LM applies them at every start
 from __future__ import annotations
 
 import enum
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from megatron.core.dist_checkpointing import (
     CheckpointError,
+    first_sound,
     load_checkpoint,
     published_checkpoints,
     read_manifest,
@@ -35,8 +35,6 @@ CHANGEABLE_MODEL_FIELDS = ("hidden_dropout", "attention_dropout", "init_method_s
 CHANGEABLE_DATA_FIELDS = ("data_path", "decoder_seq_length")
 SPLITS = {"validation", "test"}  # that are evaluated
 SHOWN_STEPS = 5
-
-logger = logging.getLogger(__name__)
 
 
 class Scope(enum.Enum):
@@ -249,25 +247,15 @@ def _first_sound(paths: list[Path], context: ParallelContext, checksums: bool) -
     Raises:
         UserError: There is none; on every process.
     """
-    for path in paths:
-        damage = _damage(path, context, checksums)
-        if damage is None:
-            return path
-        if len(paths) == 1:
-            raise damage
-        if context.is_main:
-            logger.warning("warning: passing over a checkpoint: %s", damage)
-    raise UserError(
-        f"no checkpoint in {paths[0].parent} is sound ({len(paths)} found); restore one, or use another --save"
-    )
-
-
-def _damage(path: Path, context: ParallelContext, checksums: bool) -> CheckpointError | None:
-    try:
-        verify_checkpoint(path, context, checksums)
-    except CheckpointError as error:
-        return error
-    return None
+    if len(paths) == 1:
+        verify_checkpoint(paths[0], context, checksums)  # what is wrong with it says more
+        return paths[0]
+    found = first_sound(paths, context, checksums)
+    if found is None:
+        raise UserError(
+            f"no checkpoint in {paths[0].parent} is sound ({len(paths)} found); restore one, or use another --save"
+        )
+    return found
 
 
 def adopt_settings(

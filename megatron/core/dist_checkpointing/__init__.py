@@ -5,7 +5,7 @@ from megatron.core.dist_checkpointing.padding import Unpadded
 from megatron.core.dist_checkpointing.publishing import prune, published_checkpoints
 from megatron.core.dist_checkpointing.saver import CheckpointSaver, SaveOutcome
 from megatron.core.dist_checkpointing.serialization import CheckpointTensors, load_checkpoint, save_checkpoint
-from megatron.core.dist_checkpointing.verification import latest_checkpoint, verify_checkpoint
+from megatron.core.dist_checkpointing.verification import first_sound, latest_checkpoint, verify_checkpoint
 
 __all__ = [
     "CheckpointError",
@@ -14,6 +14,7 @@ __all__ = [
     "SaveOutcome",
     "Unpadded",
     "checkpoint_path",
+    "first_sound",
     "latest_checkpoint",
     "load_checkpoint",
     "prune",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -86,7 +87,15 @@ def latest_checkpoint(
     raise_on_all(error, context.world_size, context.control_group)
     if context.world_size > 1:
         dist.broadcast_object_list(found, src=0, group=context.control_group)
-    for path in found[0]:
+    return first_sound(found[0], context, checksums)
+
+
+def first_sound(paths: Sequence[Path], context: ParallelContext, checksums: bool = True) -> Path | None:
+    """The first of `paths` that is sound, or None; those before are passed over with a warning.
+
+    All ranks call it together, with the same paths.
+    """
+    for path in paths:
         problem = _damage(path, context, checksums)
         if problem is None:
             return path
