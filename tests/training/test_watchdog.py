@@ -106,6 +106,8 @@ def _loop(rank: int, fault: str, world_size: int) -> None:
             for watchdog.step in range(6):
                 if watchdog.step == 3 and rank == world_size - 1:
                     _mark_fault()
+                    if fault == "mistake":
+                        raise UserError("my.bin is damaged; copy it again")
                     if fault == "late":
                         time.sleep(0.7 * TIMEOUT_S)
                     else:
@@ -143,6 +145,12 @@ def test_a_rank_that_raises_ends_the_others_and_is_alone_to_speak() -> None:
     assert [ending.status for ending in endings] == [3, 1]
     assert "a fault on purpose" in endings[1].printed
     assert endings[0].printed == ""
+
+
+def test_a_mistake_on_a_rank_that_does_not_print_is_shown_by_the_one_that_does() -> None:
+    endings = _run_ranks(_loop, 2, "mistake", 2)
+    assert [ending.status for ending in endings] == [1, 1]
+    assert endings[0].printed == "error: my.bin is damaged; copy it again (rank 1)\n"
 
 
 def test_waiting_for_less_than_the_timeout_is_no_hang() -> None:

@@ -287,6 +287,16 @@ def test_retention(tmp_path):
     assert iterations(tmp_path) == [10, 20, 24, 26]
 
 
+def test_what_a_run_has_gone_back_behind_does_not_count(tmp_path):
+    before = CheckpointSaver(tmp_path, CPU)
+    for iteration in (100, 300, 400):
+        before.save(iteration, example(iteration), {})
+    saver = CheckpointSaver(tmp_path, CPU, keep_last=2)
+    for iteration in (150, 200):
+        saver.save(iteration, example(iteration), {})
+    assert sorted(iterations(tmp_path)) == [150, 200, 300, 400]
+
+
 def test_damaged_checkpoints_do_not_count_and_are_not_touched(tmp_path):
     saver = CheckpointSaver(tmp_path, CPU, keep_last=1)
     saver.save(1, example(1), {})
