@@ -215,7 +215,7 @@ class Watchdog:
             first_line = (str(error).splitlines() or [""])[0]
             if isinstance(error, (UserError, RunError)):
                 # Mostly all ranks raise it, each in its time, and one process of a node shows it.
-                self._within_limits(self._tell, "ended")
+                self._within_limits(lambda: self._tell("ended"))
                 self.abort(
                     f"{first_line} (rank {self.rank})",
                     error.exit_status,
