@@ -6,6 +6,7 @@ trials that did not, what went wrong. Exit status: 0 all trials passed, 1 some d
     python -m tests.reliability all >> benchmarks/results/reliability.jsonl
     python -m tests.reliability R1 --trials 20 --seed 3 --record kills.jsonl
     python -m tests.reliability --markdown benchmarks/results/reliability.jsonl
+    python -m tests.reliability --summary benchmarks/results/reliability.jsonl
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.reliability.table import provenance, render
+from tests.reliability.table import provenance, render, summarize
 
 COUNTED = {  # name: module of this folder and its function, which returns rows
     "R1": "kills:count",
@@ -62,11 +63,13 @@ def main() -> int:
     parser.add_argument(
         "--markdown", type=Path, metavar="ROWS", help="print recorded rows as a table, and nothing else"
     )
+    parser.add_argument("--summary", type=Path, metavar="ROWS", help="the same with one line a test")
     arguments = vars(parser.parse_args())
-    names, recorded_rows = arguments.pop("names"), arguments.pop("markdown")
-    if recorded_rows is not None:
-        print(render(recorded_rows.read_text().splitlines()), end="")
-        return 0
+    names = arguments.pop("names")
+    for table, recorded_rows in ((render, arguments.pop("markdown")), (summarize, arguments.pop("summary"))):
+        if recorded_rows is not None:
+            print(table(recorded_rows.read_text().splitlines()), end="")
+            return 0
     if names in ([], ["all"]):
         names = list(COUNTED)
     if unknown := [name for name in names if name not in COUNTED]:

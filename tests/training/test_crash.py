@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.reliability import kills, soak
+from tests.reliability.__main__ import COUNTED
 from tests.reliability.kills import Trial, run_trials
-from tests.reliability.table import render
+from tests.reliability.table import TITLES, render, summarize
 
 SEED = 1
 QUICK = (
@@ -106,3 +107,11 @@ def test_rows_become_a_table() -> None:
         "| R1 | a | 2 of 3 | 10 s | D, torch T, C |",
         "| R2 | a | 3 of 3 | 4 min | D, torch T, C |",
     ]
+    assert summarize(lines).splitlines()[2:] == [
+        f"| R1 | {TITLES['R1']} | 2 of 3 |",
+        f"| R2 | {TITLES['R2']} | 3 of 3 |",
+    ]
+
+
+def test_every_counted_test_has_a_title() -> None:
+    assert TITLES.keys() == COUNTED.keys()
