@@ -1,6 +1,7 @@
 """Fixtures that several test folders share."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ import pytest
 from megatron.core.config import TokenizerConfig
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
 from tests.corpora import make_byte_dataset, write_prose
+
+# A shell that runs the tests in the background, or nohup, has these ignored, which tests of signals would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
