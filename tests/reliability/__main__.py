@@ -16,6 +16,7 @@ import importlib
 import inspect
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def main() -> int:
         parser.error(f"no test {unknown[0]}; choose from {' '.join(COUNTED)}")
     options = {key: value for key, value in arguments.items() if value is not None}
     source = provenance(shlex.join(["python", "-m", "tests.reliability", *sys.argv[1:]]))
+    # A shell that runs this in the background has it ignored, which the programs under test would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     all_passed = True
     for name in names:
         for row in run_counted(name, options):
