@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import random
 import shutil
@@ -29,6 +28,7 @@ from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
 from megatron.core.datasets.t5_dataset import SpecialTokens, build_datasets
 from megatron.training.data import resolve_tokenizer
 from tests.corpora import write_prose
+from tests.programs import load_program
 from tests.reliability.forked import outcome_in_child
 
 VERIFY = Path(__file__).resolve().parents[2] / "tools" / "verify.py"
@@ -194,14 +194,6 @@ def refused(outcome: str) -> bool:
     return outcome.startswith("refused: ") and "\n" not in outcome and "_text_document" in outcome
 
 
-def verify_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("verify", VERIFY)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
 def count(trials: int = 50, seed: int = 0) -> list[dict[str, Any]]:
     """The rows of R4.
 
@@ -209,7 +201,7 @@ def count(trials: int = 50, seed: int = 0) -> list[dict[str, Any]]:
         trials: Bit flips for `tools/verify.py`; fewer than 50 make fewer of the others too.
         seed: Which.
     """
-    generator, verify = random.Random(seed), verify_tool()
+    generator, verify = random.Random(seed), load_program(VERIFY)
 
     def read_by_tool(prefix: Path) -> str:
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import pydoc_data.topics
 import shlex
@@ -19,17 +18,14 @@ from hypothesis import strategies as st
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import SentencePieceTokenizer
+from tests.programs import load_program
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_tokenizer.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_tokenizer", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(TOOL)
 
 
 @pytest.fixture(scope="module")

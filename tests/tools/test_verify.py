@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import resource
@@ -31,17 +30,14 @@ from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
 from megatron.core.dist_checkpointing import read_manifest, save_checkpoint
 from megatron.core.dist_checkpointing.format import encode_manifest as encode_checkpoint_manifest
 from megatron.core.parallel_state import ParallelContext
+from tests.programs import load_program
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "verify.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("verify", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(TOOL)
 
 
 class Verify:

@@ -1,6 +1,5 @@
 """Properties of the whole model: padding, packing, recomputation, precision, dropout, construction, first loss."""
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_model import T5Model, recomputation_groups
 from megatron.core.parameters import initialize_parameters
 from megatron.core.transformer.transformer_layer import DecoderLayer, EncoderLayer
+from tests.programs import load_program
 
 SIZES = {
     "encoder_num_layers": 2,
@@ -312,10 +312,7 @@ def test_first_loss(tied):
 
 def load_mini_t5():
     path = Path(__file__).parents[3] / "examples" / "mini_t5.py"
-    spec = importlib.util.spec_from_file_location("mini_t5", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module, path
+    return load_program(path), path
 
 
 def copy_into_mini(model, mini):
