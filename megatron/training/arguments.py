@@ -37,7 +37,6 @@ from megatron.core.models.T5.t5_presets import PRESETS
 from megatron.training.config import FLAG_GROUPS, GROUPS, CheckpointConfig, DryRunConfig, RunConfig
 from megatron.training.megatron_flags import MEGATRON_FLAGS, MEGATRON_VALUES, NoEffect, Refused, Translated
 
-EXIT_USER_ERROR = 1
 EXIT_FLAG_SYNTAX = 2
 EXIT_SIGNAL = 128  # and the signal's number
 OTHER_PROCESS_PRINTS_WITHIN_S = 10.0  # a busy machine needs seconds to end the process that has printed
@@ -445,7 +444,7 @@ def exit_status(program: Callable[[], object], output: str, interrupted: str) ->
     except UserError as error:
         message, status = f"error: {error}", error.exit_status
     except OSError as error:
-        message, status = f"error: {error.filename or output}: {error.strerror or error}", EXIT_USER_ERROR
+        message, status = f"error: {error.filename or output}: {error.strerror or error}", UserError.exit_status
     except KeyboardInterrupt as interrupt:
         message, status = interrupted, EXIT_SIGNAL + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     else:
