@@ -386,63 +386,105 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """The corpus and the objective."""
+    """The corpora and the objective."""
 
     data_path: list[str] = field(default_factory=list)
-    """Prefix of an indexed dataset (<prefix>.bin and .idx, or <prefix>_text_document.bin and .idx). text-to-text: JSONL
-    files of inputs and targets, one a task."""
+    """Corpora: prefixes of indexed datasets (<prefix>.bin and .idx, or <prefix>_text_document.bin and .idx) or files of
+    text, which are tokenized into a cache; each with a weight before it, or none of them. text-to-text: JSONL files of
+    inputs and targets, one a task."""
+    data_config: str | None = None
+    """YAML file of corpora, their weights and the splits they are for, instead of the paths."""
+    train_data_path: list[str] = field(default_factory=list)
+    """Corpora of which all documents are trained on, written like --data-path, instead of it."""
+    valid_data_path: list[str] = field(default_factory=list)
+    """Corpora of which all documents are validated on, beside --train-data-path. text-to-text: JSONL files of the
+    validation examples, in the order of the tasks."""
+    test_data_path: list[str] = field(default_factory=list)
+    """Likewise for the test."""
     split: str = "969,30,1"
-    """Shares of the documents for training, validation and test; text-to-text has files for each instead."""
-    objective: Literal["span-corruption", "text-to-text"] = "span-corruption"
-    """span-corruption: T5's denoising; text-to-text: targets from inputs, to tune for tasks."""
+    """Shares of the documents of each corpus for training, validation and test; text-to-text has files for each
+    instead."""
+    objective: Literal["span-corruption", "ul2", "prefix-lm", "text-to-text"] = "span-corruption"
+    """span-corruption: T5's denoising; ul2: a mixture of denoisers; prefix-lm: the end of a text from its beginning;
+    text-to-text: targets from inputs, to tune for tasks."""
     encoder_seq_length: int = option(512, aliases=("--seq-length",))
     """Tokens of an encoder row."""
     decoder_seq_length: int | None = None
     """Upper bound on the tokens of a decoder row. Default: what the objective needs; text-to-text: 128."""
     noise_density: float = option(0.15, aliases=("--mask-prob",))
-    """Share of the raw tokens that is masked."""
+    """span-corruption: share of the raw tokens that is masked."""
     mean_noise_span_length: float = 3.0
-    """Mean number of tokens in a masked span."""
-    valid_data_path: list[str] = field(default_factory=list)
-    """text-to-text: JSONL files of the validation examples, in the order of the tasks."""
-    test_data_path: list[str] = field(default_factory=list)
-    """text-to-text: JSONL files of the test examples, in the order of the tasks."""
+    """span-corruption: mean number of tokens in a masked span."""
+    denoisers: list[str] = field(default_factory=list)
+    """ul2: the denoisers, each MODE:MEAN_SPAN:DENSITY or MODE:prefix:DENSITY, with a rate after another colon unless
+    all are equal; MODE is text put before the inputs, or nothing. Default: UL2's seven."""
     task_config: str | None = None
     """text-to-text: YAML file of tasks (name, train, validation, test, prefix, keys, metrics) instead of the paths."""
     inputs_key: str = "inputs"
     """text-to-text: JSON key of the input text."""
     targets_key: str = "targets"
     """text-to-text: JSON key of the target text."""
+    text_key: str = "text"
+    """JSON key of the text in corpora that are given as JSON lines or Parquet."""
     task_prefix: str = ""
     """text-to-text: put before each input, e.g. "translate English to German: "."""
     mixture_max_examples: int | None = None
     """text-to-text: a task counts for at most so many examples when tasks are mixed in proportion to their sizes."""
     mixture_temperature: float = 1.0
-    """text-to-text: mix tasks in proportion to size ** (1 / temperature); above 1 favours small tasks."""
-    packing: Literal["segments", "none"] | None = None
-    """segments: several examples a row, kept apart by segment ids. Default: segments for text-to-text, else none."""
+    """Mix tasks, or corpora without weights, in proportion to size ** (1 / temperature); above 1 favours small ones.
+    mT5's exponent of 0.3 is a temperature of 3.33."""
+    mixture_max_epochs: float | None = None
+    """Mix corpora by UniMax: evenly, but none for more than so many epochs of --mixture-budget-tokens."""
+    mixture_budget_tokens: int | None = None
+    """UniMax: raw tokens that the mixture is planned for, whatever the run's length, so that this changes no sample."""
+    shuffle_block_windows: int = 1
+    """Order an epoch in blocks of so many neighbouring windows, for disks that are slow at random reads; see
+    docs/how-to/corpora.md for what that does to randomness."""
+    packing: Literal["segments", "pairs", "none"] | None = None
+    """segments: several documents (text-to-text: examples) a row, kept apart by segment ids; pairs: two windows a row
+    that fill it exactly, prefix-lm only; none: one window or example a row. Default: segments for text-to-text, pairs
+    for prefix-lm, else none."""
     packing_window: int = 4096
-    """Examples that are packed together into rows, in the order of the samples."""
+    """Examples or documents that are packed together into rows."""
     truncate_targets: bool = False
     """text-to-text: cut targets that are too long instead of refusing them; inputs are always cut, and counted."""
     data_cache_path: str | None = None
-    """text-to-text: directory for tokenized examples. Default: beside each JSONL file."""
+    """Directory for what is tokenized at start-up. Default: beside each file."""
 
     def __post_init__(self) -> None:
         require_positive(
             self, "encoder_seq_length", "decoder_seq_length", "mean_noise_span_length", "mixture_max_examples",
-            "mixture_temperature", "packing_window",
+            "mixture_temperature", "mixture_max_epochs", "mixture_budget_tokens", "shuffle_block_windows",
+            "packing_window",
         )  # fmt: skip
-        text_to_text = self.objective == "text-to-text"
-        if text_to_text and self.decoder_seq_length is None:
+        if self.objective == "text-to-text" and self.decoder_seq_length is None:
             self.decoder_seq_length = DEFAULT_TARGET_LENGTH
         if self.packing is None:
-            self.packing = "segments" if text_to_text else "none"
-        if self.packing == "segments" and not text_to_text:
-            raise UserError(f"--packing segments does not go with --objective {self.objective}, which leaves no room")
+            self.packing = {"text-to-text": "segments", "prefix-lm": "pairs"}.get(self.objective, "none")  # type: ignore[assignment]
+        if self.packing == "pairs" and self.objective != "prefix-lm":
+            raise UserError(f"--packing pairs does not go with --objective {self.objective}; give segments or none")
+        if self.denoisers and self.objective != "ul2":
+            raise UserError(f"--denoisers goes with --objective ul2, not {self.objective}; drop one of them")
         if not 0.0 < self.noise_density < 1.0:
             raise UserError(f"--noise-density is {self.noise_density}; it must lie between 0 and 1")
+        self._check_corpora()
         self.split_weights()
+
+    def _check_corpora(self) -> None:
+        """Refuse flags about corpora that contradict each other."""
+        given = [name for name in ("data_path", "train_data_path", "data_config") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(map(flag_name, given))} are given; give one of them")
+        if self.objective == "text-to-text":
+            for name in ("train_data_path", "data_config", "mixture_max_epochs"):
+                if getattr(self, name):
+                    raise UserError(f"{flag_name(name)} does not go with --objective text-to-text; drop one of them")
+        elif (self.valid_data_path or self.test_data_path) and not self.train_data_path:
+            raise UserError(
+                "--valid-data-path and --test-data-path go with --train-data-path, or use --data-path and --split"
+            )
+        if (self.mixture_max_epochs is None) != (self.mixture_budget_tokens is None):
+            raise UserError("--mixture-max-epochs and --mixture-budget-tokens go together; give both or neither")
 
     def split_weights(self) -> tuple[float, float, float]:
         """The three shares of `--split`, summing to 1."""

@@ -19,7 +19,12 @@ from megatron.core.datasets import packing_helpers
 
 
 class Mixture:
-    """A stream of draws from datasets in given proportions."""
+    """A stream of draws from datasets in given proportions.
+
+    Attributes:
+        fractions: Of each node, the left child's part of the share in units of 2**-64.  # [n - 1] uint64
+        children: Its two children: a node, or ~leaf.  # [n - 1, 2] int32
+    """
 
     def __init__(self, rates: Sequence[int]) -> None:
         """Build the tree.
@@ -39,9 +44,9 @@ class Mixture:
             heapq.heappush(heap, (total, len(rates) + len(joins), len(joins) - 1))
         last = len(joins) - 1
         nodes = [(fraction, *(last - c if c >= 0 else c for c in children)) for fraction, *children in reversed(joins)]
-        self._fractions = np.array([node[0] for node in nodes], np.uint64)
-        self._children = np.array([node[1:] for node in nodes], np.int32).reshape(-1, 2)
+        self.fractions = np.array([node[0] for node in nodes], np.uint64)
+        self.children = np.array([node[1:] for node in nodes], np.int32).reshape(-1, 2)
 
     def draws(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Dataset of each position `[m]` of the stream, and how many earlier positions were the same dataset's."""
-        return packing_helpers.mixture_draws(self._fractions, self._children, positions)
+        return packing_helpers.mixture_draws(self.fractions, self.children, positions)
