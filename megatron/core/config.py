@@ -486,14 +486,15 @@ class DataConfig:
         if (self.mixture_max_epochs is None) != (self.mixture_budget_tokens is None):
             raise UserError("--mixture-max-epochs and --mixture-budget-tokens go together; give both or neither")
 
-    def split_weights(self) -> tuple[float, float, float]:
-        """The three shares of `--split`, summing to 1."""
+    def split_weights(self, split: str | None = None) -> tuple[float, float, float]:
+        """The three shares of `split`, by default those of `--split`, summing to 1."""
+        split = self.split if split is None else split
         try:
-            parts = [float(part) for part in self.split.split(",")]
+            parts = [float(part) for part in split.split(",")]
         except ValueError:
             parts = []
         if not 1 <= len(parts) <= 3 or min(parts, default=-1) < 0 or not 0 < sum(parts) < math.inf:
-            raise UserError(f"--split is {self.split!r}; give up to three non-negative shares such as 969,30,1")
+            raise UserError(f"--split is {split!r}; give up to three non-negative shares such as 969,30,1")
         parts += [0.0] * (3 - len(parts))
         total = sum(parts)
         return parts[0] / total, parts[1] / total, parts[2] / total
