@@ -9,6 +9,9 @@ Three kinds of denoiser, each of a window or document of `raw` tokens:
     uniform  likewise, cut after 1 .. raw - 1 tokens with equal chances (prefix language modelling)
 
 The mode is the text that tells the model which denoiser it sees (Tay et al. 2022), as ids, or nothing.
+
+A span denoiser whose mean span length is at least its noise masks one span, at the end: a prefix denoiser with a
+sentinel between beginning and end.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from numpy.typing import NDArray
 from megatron.core.config import DataConfig
 from megatron.core.datasets.mixture import Mixture
 from megatron.core.errors import UserError
+from megatron.core.tokenizers import Tokenizer
 
 _RATE_UNIT = 1 << 32
 _FORM = "MODE:MEAN_SPAN:DENSITY[:RATE] or MODE:prefix:DENSITY[:RATE], DENSITY of a prefix possibly 'uniform'"
@@ -122,6 +126,21 @@ def _last_that_fits(lengths: Callable[[int], SpanLengths], most_inputs: int) -> 
     return fits
 
 
+def mode_tokenizer(tokenizer: Tokenizer) -> Callable[[str], tuple[int, ...]]:
+    """How the text of a mode becomes ids; the function raises `UserError` for a text that the tokenizer cannot spell."""
+
+    def tokenize(mode: str) -> tuple[int, ...]:
+        ids = tuple(tokenizer.tokenize(mode))
+        if not ids or tokenizer.unk_id in ids:
+            raise UserError(
+                f"--denoisers: the tokenizer {'has unknown ids' if ids else 'has no ids'} for the mode {mode!r}; give "
+                "modes that it can spell, or none, as in :3:0.15"
+            )
+        return ids
+
+    return tokenize
+
+
 def denoisers_of(config: DataConfig, tokenize: Callable[[str], Sequence[int]]) -> tuple[Denoiser, ...]:
     """The denoisers of the objective.
 
@@ -143,13 +162,24 @@ def denoisers_of(config: DataConfig, tokenize: Callable[[str], Sequence[int]]) -
 def _parse_denoisers(texts: Sequence[str], tokenize: Callable[[str], Sequence[int]]) -> tuple[Denoiser, ...]:
     parsed = [_parse_denoiser(text, tokenize) for text in texts]
     unit = _RATE_UNIT / max(rate for _, rate in parsed)
-    names = [denoiser.name for denoiser, _ in parsed]
+    names = _distinct_names(texts, [denoiser.name for denoiser, _ in parsed])
     for name in names:
         if names.count(name) > 1:
             raise UserError(
                 f"--denoisers has {name} {names.count(name)} times; give it once, with the sum of the rates"
             )
-    return tuple(replace(denoiser, rate=max(1, round(rate * unit))) for denoiser, rate in parsed)
+    return tuple(
+        replace(denoiser, name=name, rate=max(1, round(rate * unit)))
+        for name, (denoiser, rate) in zip(names, parsed, strict=True)
+    )
+
+
+def _distinct_names(texts: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names, with the mode where denoisers differ in nothing else."""
+    modes = [text.split(":")[0] for text in texts]
+    return [
+        f"{mode or 'no-mode'}-{name}" if names.count(name) > 1 else name for mode, name in zip(modes, names, strict=True)
+    ]
 
 
 def _parse_denoiser(text: str, tokenize: Callable[[str], Sequence[int]]) -> tuple[Denoiser, float]:
@@ -222,13 +252,7 @@ class DenoisingPlan:
         else:
             windows = tuple(denoiser.window(config.encoder_seq_length) for denoiser in denoisers)
             encoder, decoder = (max(getattr(w, side) for w in windows) for side in ("inputs", "targets"))
-        for denoiser, window in zip(denoisers, windows, strict=True):
-            if window.num_spans > num_sentinels:
-                raise UserError(
-                    f"{denoiser.name} makes {window.num_spans} spans a sample of --encoder-seq-length "
-                    f"{config.encoder_seq_length}, but the tokenizer has {num_sentinels} sentinels; give "
-                    f"--vocab-extra-ids {window.num_spans}, make the rows shorter or the spans longer"
-                )
+        _check_sentinels(config, denoisers, windows, num_sentinels)
         if config.decoder_seq_length is not None and config.decoder_seq_length < decoder:
             raise UserError(
                 f"--decoder-seq-length is {config.decoder_seq_length}, but --objective {config.objective} with "
@@ -262,6 +286,19 @@ class DenoisingPlan:
         """For the C++ side: mean span length (0: prefix) and density (0: uniform) `[k, 2]`, and the ids of the modes."""
         numbers = [[d.mean_span_length or 0.0, d.noise_density or 0.0] for d in self.denoisers]
         return np.array(numbers, np.float64), [np.array(d.mode_ids, np.int32) for d in self.denoisers]
+
+
+def _check_sentinels(
+    config: DataConfig, denoisers: Sequence[Denoiser], windows: Sequence[SpanLengths], num_sentinels: int
+) -> None:
+    """Refuse a tokenizer with fewer sentinels than a window has spans."""
+    spans, name = max((window.num_spans, denoiser.name) for denoiser, window in zip(denoisers, windows, strict=True))
+    if spans > num_sentinels:
+        raise UserError(
+            f"{name} makes {spans} spans a sample of --encoder-seq-length {config.encoder_seq_length}, but the "
+            f"tokenizer has {num_sentinels} sentinels; give --vocab-extra-ids {spans}, make the rows shorter or the "
+            "spans longer"
+        )
 
 
 def _paired(config: DataConfig, denoiser: Denoiser) -> tuple[tuple[SpanLengths], int, int]:
