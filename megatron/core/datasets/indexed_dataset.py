@@ -42,6 +42,7 @@ from megatron.core.file_utils import fsync_directory, partial_path, write_durabl
 MANIFEST_FORMAT = "megatron-t5 indexed dataset"
 MANIFEST_VERSION = 2
 UNCHECKED_MANIFEST_VERSION = 1  # of manifests without checksums
+SHARDED_FORMAT = "megatron-t5 sharded dataset"  # of the manifest that joins several datasets (corpus.py)
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -85,7 +86,7 @@ def resolve_prefix(path: str | Path) -> Path:
     """
     given, text = Path(path), Path(f"{path}_text_document")
     for candidate in (given, text):
-        if idx_path(candidate).is_file() or bin_path(candidate).is_file():
+        if is_dataset(candidate):
             return candidate
     raise UserError(
         f"--data-path {path}: neither {idx_path(given)} nor {idx_path(text)} exists; "
@@ -93,16 +94,51 @@ def resolve_prefix(path: str | Path) -> Path:
     )
 
 
+def shard_prefix(prefix: str | Path, number: int) -> Path:
+    """Prefix of a shard of a sharded corpus."""
+    return Path(f"{prefix}-{number:05d}")
+
+
+def is_sharded(prefix: str | Path) -> bool:
+    """Whether `<prefix>.json` is the manifest of a sharded corpus; reads its beginning only."""
+    try:
+        with manifest_path(prefix).open("rb") as file:
+            return SHARDED_FORMAT.encode() in file.read(4 * len(SHARDED_FORMAT))
+    except OSError:
+        return False
+
+
+def is_dataset(prefix: str | Path) -> bool:
+    """Whether a file of a dataset of this prefix, or the manifest of a sharded corpus, is there."""
+    return idx_path(prefix).is_file() or bin_path(prefix).is_file() or is_sharded(prefix)
+
+
 def remove_dataset(prefix: str | Path) -> None:
-    """Remove `<prefix>.idx`, `.bin` and `.json` where they exist; the index first, so that no half opens."""
+    """Remove `<prefix>.idx`, `.bin` and `.json` where they exist; the index first, so that no half opens.
+
+    Of a sharded corpus the manifest goes first, then the shards that it lists (none when it cannot be read).
+    """
+    if is_sharded(prefix):
+        try:
+            num_shards = len(json.loads(manifest_path(prefix).read_bytes())["shards"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            num_shards = 0
+        manifest_path(prefix).unlink()
+        fsync_directory(manifest_path(prefix).parent)
+        for number in range(num_shards):
+            remove_dataset(shard_prefix(prefix, number))
     for path in (idx_path(prefix), bin_path(prefix), manifest_path(prefix)):
         path.unlink(missing_ok=True)
 
 
+def manifest_checksum(content: dict[str, Any]) -> int:
+    """CRC-32 of a manifest's `content`, without the checksum itself."""
+    return zlib.crc32(json.dumps(content).encode())
+
+
 def encode_manifest(content: dict[str, Any]) -> bytes:
     """JSON text of a manifest's `content` and of its checksum, which is the last entry."""
-    checksum = zlib.crc32(json.dumps(content).encode())
-    return (json.dumps(content | {"manifest_crc32": checksum}, indent=2) + "\n").encode()
+    return (json.dumps(content | {"manifest_crc32": manifest_checksum(content)}, indent=2) + "\n").encode()
 
 
 class IndexedDataset:
@@ -180,6 +216,28 @@ class IndexedDataset:
             found = f"documents around {document} start at sequences {', '.join(map(str, around))}"
             raise self._damaged(found, f"ascending ones from 0 to {self.num_sequences}")
         return self.num_tokens if sequence == self.num_sequences else self._token_offset(sequence)
+
+    def document_starts(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        """Offsets of the first tokens of documents `first` to `stop`, the last of which is left out.  # [stop - first]
+
+        Raises:
+            UserError: the index entries that are used contradict each other.
+        """
+        assert 0 <= first < stop <= self.num_documents
+        sequences = np.asarray(self.document_indices[first:stop])
+        if (np.diff(sequences) < 0).any() or sequences[0] < 0 or sequences[-1] > self.num_sequences:
+            found = f"documents {first} to {stop - 1} start at sequences {sequences.min()} to {sequences.max()}"
+            raise self._damaged(found, f"ascending ones from 0 to {self.num_sequences}")
+        ends = sequences == self.num_sequences  # empty documents at the end of the corpus
+        pointers = self.sequence_pointers[np.where(ends, 0, sequences)]
+        starts = np.where(ends, self.num_tokens, pointers // self.dtype.itemsize)
+        if (np.diff(starts) < 0).any() or (pointers % self.dtype.itemsize).any() or starts[-1] > self.num_tokens:
+            found = f"documents {first} to {stop - 1} start at tokens {starts.min()} to {starts.max()}"
+            raise self._damaged(found, f"ascending ones up to {self.num_tokens}")
+        # The first and the last one's neighbours in the index are looked at too.
+        for document in {first, stop - 1}:
+            assert starts[document - first] == self.document_start(document)
+        return starts
 
     def _token_offset(self, sequence: int) -> int:
         """Offset of a sequence in tokens, checked against the `.bin` and the sequence before."""
