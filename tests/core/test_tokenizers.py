@@ -187,14 +187,36 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     # The type may be named as well, whatever the kind.
     both = TokenizerConfig(tokenizer_model=str(tmp_path / "saved"), tokenizer_type=tokenizer.type)  # type: ignore[arg-type]
     assert build_tokenizer(both).fingerprint == tokenizer.fingerprint
-    with pytest.raises(UserError, match="--vocab-extra-ids is 7"):
-        build_tokenizer(TokenizerConfig(tokenizer_model=str(tmp_path / "saved"), vocab_extra_ids=7))
+    fewer = TokenizerConfig(tokenizer_model=str(tmp_path / "saved"), vocab_extra_ids=2)
+    assert build_tokenizer(fewer).fingerprint == tokenizer.with_sentinels(2).fingerprint != tokenizer.fingerprint
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     config["fingerprint"] = "0"
     (tmp_path / "saved" / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="changed since"):
         load_tokenizer(tmp_path / "saved")
+
+
+def test_other_numbers_of_sentinels_move_no_id_of_a_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    before = tokenizer.describe()
+    own = tokenizer.with_sentinels(0).vocab_size == tokenizer.vocab_size
+    for number in (0, 2, 128):
+        if own and number == 128:
+            with pytest.raises(UserError, match=r"--vocab-extra-ids is 128 but .* sentinels of its own"):
+                tokenizer.with_sentinels(number)
+            continue
+        other = tokenizer.with_sentinels(number)
+        assert len(other.sentinel_ids) == len(set(other.sentinel_ids)) == number
+        assert other.tokenize_batch(LINES[:20]) == tokenizer.tokenize_batch(LINES[:20])
+        assert other.fingerprint != tokenizer.fingerprint
+        assert other.spells_as(before) and tokenizer.spells_as(other.describe())
+        assert not other.spells_as(before | {"fingerprint": "0"})
+        assert own or other.vocab_size - number == tokenizer.vocab_size - len(tokenizer.sentinel_ids)
+        other.save(tmp_path / "other")
+        assert load_tokenizer(tmp_path / "other").describe() == other.describe()
+        assert other.with_sentinels(len(tokenizer.sentinel_ids)).describe() == before
+    assert tokenizer.with_sentinels(len(tokenizer.sentinel_ids)) is tokenizer and tokenizer.describe() == before
+    assert not tokenizer.spells_as({}) and not tokenizer.spells_as({"num_sentinels": 10**12, "fingerprint": "0"})
 
 
 def test_decoder_starts_with_pad(tokenizer: Tokenizer) -> None:

@@ -127,7 +127,7 @@ def _last_that_fits(lengths: Callable[[int], SpanLengths], most_inputs: int) -> 
 
 
 def mode_tokenizer(tokenizer: Tokenizer) -> Callable[[str], tuple[int, ...]]:
-    """How the text of a mode becomes ids; the function raises `UserError` for a text that the tokenizer cannot spell."""
+    """How the text of a mode becomes ids; what the tokenizer cannot spell raises `UserError`."""
 
     def tokenize(mode: str) -> tuple[int, ...]:
         ids = tuple(tokenizer.tokenize(mode))
@@ -176,10 +176,8 @@ def _parse_denoisers(texts: Sequence[str], tokenize: Callable[[str], Sequence[in
 
 def _distinct_names(texts: Sequence[str], names: Sequence[str]) -> list[str]:
     """The names, with the mode where denoisers differ in nothing else."""
-    modes = [text.split(":")[0] for text in texts]
-    return [
-        f"{mode or 'no-mode'}-{name}" if names.count(name) > 1 else name for mode, name in zip(modes, names, strict=True)
-    ]
+    modes = [text.split(":")[0] or "no-mode" for text in texts]
+    return [f"{m}-{n}" if names.count(n) > 1 else n for m, n in zip(modes, names, strict=True)]
 
 
 def _parse_denoiser(text: str, tokenize: Callable[[str], Sequence[int]]) -> tuple[Denoiser, float]:
@@ -283,7 +281,7 @@ class DenoisingPlan:
         return sum(r * n for r, n in zip(rates, of_windows, strict=True)) / sum(rates)
 
     def table(self) -> tuple[NDArray[np.float64], list[NDArray[np.int32]]]:
-        """For the C++ side: mean span length (0: prefix) and density (0: uniform) `[k, 2]`, and the ids of the modes."""
+        """For the C++ side: mean span length (0: prefix) and density (0: uniform) `[k, 2]`, and the modes' ids."""
         numbers = [[d.mean_span_length or 0.0, d.noise_density or 0.0] for d in self.denoisers]
         return np.array(numbers, np.float64), [np.array(d.mode_ids, np.int32) for d in self.denoisers]
 

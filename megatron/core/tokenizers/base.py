@@ -20,6 +20,7 @@ CONFIG_NAME = "tokenizer_config.json"
 CONFIG_FORMAT = "megatron-t5 tokenizer"
 CONFIG_VERSION = 1
 DEFAULT_EXTRA_IDS = 100
+MAX_EXTRA_IDS = 1_000_000
 _SENTINEL = re.compile("\u2581?<extra_id_([0-9]+)>")
 _PROMPT_SENTINEL = re.compile("<extra_id_(0|[1-9][0-9]{0,6})>")
 
@@ -119,6 +120,41 @@ class Tokenizer(abc.ABC):
             "first_sentinel_id": self.sentinel_ids[0] if self.sentinel_ids else None,
             "fingerprint": self.fingerprint,
         }
+
+    def with_sentinels(self, count: int) -> Tokenizer:
+        """The same tokenizer with `count` sentinels: the ids of all texts stay what they are.
+
+        Where sentinels are counted down from the top, `<extra_id_0>` itself gets another id.
+
+        Raises:
+            UserError: The sentinels are part of the vocabulary, which has fewer.
+        """
+        if count == len(self.sentinel_ids):
+            return self
+        other = self._with_sentinels(count)
+        assert (other.pad_id, other.eos_id, other.unk_id) == (self.pad_id, self.eos_id, self.unk_id)
+        return other
+
+    def _with_sentinels(self, count: int) -> Tokenizer:
+        kind: Any = type(self)
+        tokenizer: Tokenizer = kind(self.file_name, extra_ids=count, content=self.content)
+        return tokenizer
+
+    def spells_as(self, description: Mapping[str, Any]) -> bool:
+        """Whether the tokenizer that `description` is of gives the same ids to all texts, whatever its sentinels.
+
+        Args:
+            description: Of `describe`, perhaps from a file.
+        """
+        if description.get("fingerprint") == self.fingerprint:
+            return True
+        count = description.get("num_sentinels")
+        if type(count) is not int or not 0 <= count <= MAX_EXTRA_IDS:
+            return False
+        try:
+            return self.with_sentinels(count).fingerprint == description.get("fingerprint")
+        except UserError:
+            return False
 
     def save(self, directory: str | Path) -> None:
         """Write a directory that `load_tokenizer` reads, replacing one that exists; it appears whole or not at all.

@@ -11,12 +11,11 @@ from typing import Any
 
 from megatron.core.errors import UserError
 from megatron.core.file_utils import read_json
-from megatron.core.tokenizers.base import CONFIG_NAME, Tokenizer, own_sentinels
+from megatron.core.tokenizers.base import CONFIG_NAME, MAX_EXTRA_IDS, Tokenizer, own_sentinels
 from megatron.core.tokenizers.kinds import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
 
 SENTENCE_PIECE, TOKENIZER_JSON = "spiece.model", "tokenizer.json"
 BYTE_CLASS = "ByT5Tokenizer"
-MAX_EXTRA_IDS = 1_000_000
 _NAMED = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")
 
 

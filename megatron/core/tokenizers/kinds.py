@@ -33,10 +33,10 @@ class SentencePieceTokenizer(Tokenizer):
     type = "SentencePieceTokenizer"
     file_name = "spiece.model"
 
-    def __init__(self, model: str | Path, extra_ids: int | None = None) -> None:
+    def __init__(self, model: str | Path, extra_ids: int | None = None, content: bytes | None = None) -> None:
         import sentencepiece
 
-        content = read_model_file(model, "--tokenizer-model")
+        content = read_model_file(model, "--tokenizer-model") if content is None else content
         wrong = UserError(f"--tokenizer-model {model} is not a SentencePiece model; give a .model file")
         if not content:  # which the library takes for "no model yet"
             raise wrong
@@ -100,8 +100,8 @@ class HuggingFaceTokenizer(Tokenizer):
     _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
     _UNK_NAMES = ("<unk>", "[UNK]")
 
-    def __init__(self, file: str | Path, extra_ids: int | None = None) -> None:
-        content = read_model_file(file, "--tokenizer-model")
+    def __init__(self, file: str | Path, extra_ids: int | None = None, content: bytes | None = None) -> None:
+        content = read_model_file(file, "--tokenizer-model") if content is None else content
         tokenizers = import_tokenizers()
         try:
             self.backend = tokenizers.Tokenizer.from_str(content.decode())
@@ -168,8 +168,8 @@ class _BertWordPieceTokenizer(Tokenizer):
     file_name = "vocab.txt"
     lowercase: ClassVar[bool]
 
-    def __init__(self, vocab_file: str | Path, extra_ids: int | None = None) -> None:
-        content = read_model_file(vocab_file, "--vocab-file")
+    def __init__(self, vocab_file: str | Path, extra_ids: int | None = None, content: bytes | None = None) -> None:
+        content = read_model_file(vocab_file, "--vocab-file") if content is None else content
         tokenizers = import_tokenizers()
         vocab = self._parse(vocab_file, content)
         model = tokenizers.models.WordPiece(dict(vocab), unk_token="[UNK]", max_input_chars_per_word=200)
@@ -255,6 +255,9 @@ class ByteTokenizer(Tokenizer):
             content=b"", vocab_size=first + count, pad_id=0, eos_id=1, unk_id=2,
             sentinels=tuple(range(first, first + count)),
         )  # fmt: skip
+
+    def _with_sentinels(self, count: int) -> ByteTokenizer:
+        return ByteTokenizer(count)
 
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text."""

@@ -85,16 +85,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def _load_with_flags(directory: Path, config: TokenizerConfig) -> Tokenizer:
-    """A saved tokenizer, refused when other flags ask for something else."""
+    """A saved tokenizer, with as many sentinels as are asked for; refused when other flags ask for something else."""
     tokenizer = _of_type(load_tokenizer(directory), directory, config.tokenizer_type)
     if config.vocab_file is not None:
         raise UserError(f"--vocab-file {config.vocab_file} has no effect: {directory} has its own; drop one of them")
-    if config.vocab_extra_ids not in (None, len(tokenizer.sentinel_ids)):
-        raise UserError(
-            f"--vocab-extra-ids is {config.vocab_extra_ids} but {directory} was saved with "
-            f"{len(tokenizer.sentinel_ids)}; drop the flag"
-        )
-    return tokenizer
+    return tokenizer if config.vocab_extra_ids is None else tokenizer.with_sentinels(config.vocab_extra_ids)
 
 
 def _of_type(tokenizer: Tokenizer, directory: Path, kind: str | None) -> Tokenizer:
