@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron.core.datasets.loader import Dataset, T5Loader, TensorBatch
+from megatron.core.datasets.prefetch import Prefetcher
 from megatron.core.datasets.sample_ranges import SampleRanges
 from megatron.core.dist_checkpointing import CheckpointError, CheckpointSaver, checkpoint_path
 from megatron.core.distributed import clip_gradients_, global_grad_norm
@@ -100,6 +101,7 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.parameters, context, synchronize)
         self.loss_scaler = LossScaler(config.optimizer, enabled=config.compute.fp16)
         self.train_loader = self._loader(data.train, skipped)
+        self.prefetcher = Prefetcher(self.train_loader, context.device)
         self.flops_per_sample = training_flops_per_sequence(config.model, *lengths)
         self.peak_tflops = device_peak_tflops(context.device, config.logging)
         self.sinks: list[Sink] = []
@@ -156,7 +158,7 @@ class Trainer:
         if self.watchdog is not None:
             self.watchdog.step = self.progress.iteration + 1
         first_sample = self.progress.next_sample
-        batch = self.train_loader.step_batch(first_sample).to(self.context.device)
+        batch = self.prefetcher.step_batch(first_sample).to(self.context.device)
         self.window.data_wait_s += time.perf_counter() - start
         num_targets = (batch.labels >= 0).sum()
         over_ranks = num_targets.clone()
@@ -454,6 +456,7 @@ class Trainer:
 
     def close(self, wait: bool = True) -> None:
         """Flush the reports and, with `wait`, let the checkpoint that is being written be finished."""
+        self.prefetcher.close()
         if self.saver is not None:
             self.saver.close(wait)
         for sink in self.sinks:

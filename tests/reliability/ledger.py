@@ -21,6 +21,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from megatron.core.datasets.loader import TensorBatch
+from megatron.core.datasets.prefetch import Prefetcher
 from megatron.core.datasets.t5_dataset import Batch, SpanCorruptionDataset
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.arguments import parse_args
@@ -113,15 +115,28 @@ def _train(rank: int, flags: list[str], folder: Path) -> None:
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[list[list[int]]]:
-    """The ids that this process reads from the dataset, a list a step; there is no evaluation."""
+    """The ids of the samples that the steps of this process take, a list a step; there is no evaluation.
+
+    A batch that was prepared ahead counts when a step takes it; batches are recognised by where their memory lies.
+    """
     dealt: list[list[int]] = []
-    batch = SpanCorruptionDataset.batch
+    read: dict[int, list[int]] = {}
+    batch, step_batch = SpanCorruptionDataset.batch, Prefetcher.step_batch
 
-    def recorded(dataset: SpanCorruptionDataset, ids: np.ndarray) -> Batch:
-        dealt.append(ids.tolist())
-        return batch(dataset, ids)
+    def read_batch(dataset: SpanCorruptionDataset, ids: np.ndarray) -> Batch:
+        made = batch(dataset, ids)
+        read[made.encoder_input_ids.ctypes.data] = ids.tolist()
+        return made
 
-    with patch.object(SpanCorruptionDataset, "batch", recorded):
+    def take_batch(prefetcher: Prefetcher, first_sample: int) -> TensorBatch:
+        taken = step_batch(prefetcher, first_sample)
+        dealt.append(read.pop(taken.encoder_input_ids.data_ptr()))
+        return taken
+
+    with (
+        patch.object(SpanCorruptionDataset, "batch", read_batch),
+        patch.object(Prefetcher, "step_batch", take_batch),
+    ):
         yield dealt
 
 

@@ -43,7 +43,7 @@ def pause(folder: Path) -> None:
 
 def arrange(phase: str, action: Callable[[], None]) -> None:
     """Let `action` run once in the phase: imports, start-up, step, evaluation or save."""
-    from megatron.core.datasets.loader import T5Loader
+    from megatron.core.datasets.prefetch import Prefetcher
     from megatron.core.dist_checkpointing import CheckpointSaver
     from megatron.training import training
     from megatron.training.model_setup import DistributedModel
@@ -53,7 +53,7 @@ def arrange(phase: str, action: Callable[[], None]) -> None:
     elif phase == "start-up":
         before(training, "open_data", 1, action)
     elif phase == "step":
-        before(T5Loader, "step_batch", STEP, action)
+        before(Prefetcher, "step_batch", STEP, action)
     elif phase == "evaluation":
         before(DistributedModel, "token_losses", 1, action)
     else:

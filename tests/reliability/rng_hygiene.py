@@ -7,6 +7,7 @@ run differ from an uninterrupted one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import random
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 from megatron.core.datasets.loader import T5Loader
+from megatron.core.datasets.prefetch import Prefetcher
 from megatron.core.parallel_state import ParallelContext
 from megatron.training import training
 from megatron.training.arguments import parse_args
@@ -103,6 +105,8 @@ def watch_run(rank: int, runs: Sequence[Sequence[str]]) -> tuple[Counter[str], C
     """Calls and draws of each operation in some runs, and how many training steps drew."""
     watch, steps = Watch(), Watch()
     with pytest.MonkeyPatch.context() as patch:
+        # In the thread of the step: the generators are common to all, and a draw of the step would seem the batch's.
+        patch.setattr(training, "Prefetcher", functools.partial(Prefetcher, ahead=0))
         for owner, attribute, operation in OPERATIONS:
             watch.wrap(patch, owner, attribute, operation)
         steps.wrap(patch, Trainer, "train_step", "step")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.core.datasets.loader import T5Loader
+from megatron.core.datasets.prefetch import Prefetcher
 from megatron.core.errors import NumericalError
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import local_tensor
@@ -306,13 +306,13 @@ def test_nan_equals_itself(byte_dataset: Path):
 def ids_read(patch: pytest.MonkeyPatch, trainer_run) -> list[list[int]]:
     """Sample ids of every step of a run."""
     found = []
-    step_batch = T5Loader.step_batch
+    step_batch = Prefetcher.step_batch
 
-    def recorded(loader, first_sample):
-        found.append(loader.sample_ids(first_sample).reshape(-1).tolist())
-        return step_batch(loader, first_sample)
+    def recorded(prefetcher, first_sample):
+        found.append(prefetcher.loader.sample_ids(first_sample).reshape(-1).tolist())
+        return step_batch(prefetcher, first_sample)
 
-    patch.setattr(T5Loader, "step_batch", recorded)
+    patch.setattr(Prefetcher, "step_batch", recorded)
     trainer_run()
     return found
 

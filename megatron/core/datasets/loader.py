@@ -1,7 +1,8 @@
 """Which samples a rank reads at a step, as tensors.
 
-Making a batch takes microseconds (see helpers.cpp), so there are no worker processes and nothing is prefetched.
-The only state is the id of the next sample, which the caller keeps. Nothing is drawn from a random number generator.
+Making a sample takes microseconds (see helpers.cpp), so there are no worker processes; a thread makes the batches of
+the next steps (see prefetch.py). The only state is the id of the next sample, which the caller keeps. Nothing is drawn
+from a random number generator.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ class TensorBatch(NamedTuple):
 
 
 class Dataset(Protocol):
-    """An endless sequence of samples for the model, epoch after epoch."""
+    """An endless sequence of samples for the model, epoch after epoch.
+
+    One thread at a time calls `batch` of a dataset, but not always the same one, while others may read everything else
+    of it: what `batch` remembers must not show elsewhere. Several datasets are used at the same time and may share what
+    none of them changes.
+    """
 
     @property
     def encoder_length(self) -> int:
@@ -67,6 +73,16 @@ class Dataset(Protocol):
     @property
     def fill_rate(self) -> float:
         """Share of the row slots that hold data."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the kinds of samples that losses are told for, at least one."""
+
+    def row_kinds(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Kind of each segment of the rows of these ids, `[b, segments]`, one without segments; -1 is none."""
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How often each corpus was gone through after so many samples."""
 
     def batch(self, sample_ids: NDArray[np.int64]) -> Batch:
         """The samples of these ids `[b]`, in this order; -1 gives a row of padding whose labels are all -100."""
@@ -134,16 +150,20 @@ class T5Loader:
         """This rank's part of the step that starts at `first_sample`: all microbatches one after the other."""
         return _to_tensors(self.dataset.batch(self.sample_ids(first_sample).reshape(-1)))
 
-    def evaluation_batches(self, num_samples: int, microbatches: int = 1) -> Iterator[TensorBatch]:
-        """This rank's part of samples 0 .. num_samples - 1, each of which some rank reads exactly once.
+    def evaluation_ids(self, num_samples: int, microbatches: int = 1) -> Iterator[NDArray[np.int64]]:
+        """This rank's part of samples 0 .. num_samples - 1, each of which some rank gets exactly once.
 
         Every rank yields the same number of batches, all of `microbatches` full microbatches: what is missing at the
         end are rows of padding, whose labels the loss leaves out.
         """
         samples_per_round = self.micro_batch_size * self.dp_size * microbatches
         ids = self._places(-(-num_samples // samples_per_round) * microbatches)
-        for rows in np.where(ids < num_samples, ids, PADDING_SAMPLE).reshape(-1, microbatches * self.micro_batch_size):
-            yield _to_tensors(self.dataset.batch(rows))
+        yield from np.where(ids < num_samples, ids, PADDING_SAMPLE).reshape(-1, microbatches * self.micro_batch_size)
+
+    def evaluation_batches(self, num_samples: int, microbatches: int = 1) -> Iterator[TensorBatch]:
+        """The batches of `evaluation_ids`."""
+        for ids in self.evaluation_ids(num_samples, microbatches):
+            yield _to_tensors(self.dataset.batch(ids))
 
     def _places(self, num_microbatches: int) -> np.ndarray:
         """Places of this rank's samples among those of all ranks, [num_microbatches, micro_batch_size] int64."""
