@@ -84,6 +84,16 @@ class Dataset(Protocol):
     def epochs(self, num_samples: int) -> list[float]:
         """How often each corpus was gone through after so many samples."""
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the denoisers whose losses are told apart."""
+
+    def row_kinds(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Which of `kinds` made segment s + 1 of each row, -1 where there is none: `[b, s]`; s = 1 without segments."""
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How often each corpus has been read after so many samples."""
+
     def batch(self, sample_ids: NDArray[np.int64]) -> Batch:
         """The samples of these ids `[b]`, in this order; -1 gives a row of padding whose labels are all -100."""
 
