@@ -2,6 +2,7 @@
 //
 //   mixture_draws     which dataset gives stream position k, and its how-manieth draw that is
 //   shuffled          which example that draw is       (keyed permutation of the dataset in each of its epochs)
+//   cut_documents     the pieces of documents, each of which is an example
 //   first_fit         which row an example goes to
 //   example_spans     where an example's tokens are
 //   fill_packed_rows  T5 batches of such rows
@@ -155,6 +156,50 @@ Int64Array shuffled(const Int32Array& datasets, const Int64Array& draws, const I
     }
   }
   return examples;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Documents
+
+// Pieces of `longest` tokens, the last one shorter; where one token would be left, the piece before gives one up.
+// Documents of fewer than two tokens have none.
+py::tuple cut_documents(const Int64Array& starts, const Int64Array& bounds, std::int64_t longest) {
+  require(longest >= 3 && longest <= std::numeric_limits<std::int32_t>::max(), "longest must be int32 and at least 3");
+  require(starts.ndim() == 1 && starts.size() >= 1, "starts must be [m + 1]");
+  const std::int64_t* start = starts.data();
+  const auto num_documents = starts.size() - 1;
+  require(start[0] >= 0 && std::is_sorted(start, start + starts.size()), "starts must ascend from 0 or later");
+  const std::vector<std::int64_t> limits(bounds.data(), bounds.data() + bounds.size());
+  require(bounds.ndim() == 1 && !limits.empty() && limits.front() == 0 && limits.back() == num_documents &&
+              std::is_sorted(limits.begin(), limits.end()),
+          "bounds must ascend from 0 to the number of documents");
+  const auto pieces_of = [&](std::int64_t tokens) { return tokens < 2 ? 0 : (tokens - 1) / longest + 1; };
+  std::int64_t num_pieces = 0;
+  for (py::ssize_t d = 0; d < num_documents; ++d) num_pieces += pieces_of(start[d + 1] - start[d]);
+  Int64Array piece_starts(num_pieces), first_pieces(bounds.size());
+  Int32Array piece_lengths(num_pieces);
+  std::int64_t* piece_start = piece_starts.mutable_data();
+  std::int64_t* first_piece = first_pieces.mutable_data();
+  std::int32_t* piece_length = piece_lengths.mutable_data();
+  {
+    py::gil_scoped_release without_gil;
+    std::int64_t piece = 0;
+    first_piece[0] = 0;
+    for (std::size_t block = 0; block + 1 < limits.size(); ++block) {
+      for (std::int64_t d = limits[block]; d < limits[block + 1]; ++d) {
+        std::int64_t from = start[d];
+        for (std::int64_t left = start[d + 1] - from; left >= 2; ++piece) {
+          const std::int64_t length = left - longest == 1 ? longest - 1 : std::min(left, longest);
+          piece_start[piece] = from;
+          piece_length[piece] = static_cast<std::int32_t>(length);
+          from += length;
+          left -= length;
+        }
+      }
+      first_piece[block + 1] = piece;
+    }
+  }
+  return py::make_tuple(piece_starts, piece_lengths, first_pieces);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -417,6 +462,8 @@ PYBIND11_MODULE(packing_helpers, module, py::mod_gil_not_used()) {
              py::arg("sizes").noconvert(), py::arg("keys").noconvert());
   module.def("example_spans", &example_spans, py::arg("boundaries"), py::arg("datasets").noconvert(),
              py::arg("examples").noconvert(), py::arg("most"));
+  module.def("cut_documents", &cut_documents, py::arg("starts").noconvert(), py::arg("bounds").noconvert(),
+             py::arg("longest"));
   module.def("first_fit", &first_fit, py::arg("lengths").noconvert(), py::arg("window_starts").noconvert(),
              py::arg("capacities").noconvert());
   module.def("fill_packed_rows", &fill_packed_rows, py::arg("sources"), py::arg("placements").noconvert(),

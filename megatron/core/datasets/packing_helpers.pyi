@@ -53,6 +53,20 @@ def example_spans(
         int64 [m, 4]: begin and length of the inputs, begin and length of the targets.
     """
 
+def cut_documents(
+    starts: NDArray[np.int64], bounds: NDArray[np.int64], longest: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+    """Cut documents into pieces of 2 to `longest` tokens, which hold every token of a document of 2 or more once.
+
+    Args:
+        starts: int64 [m + 1], first token of each document, then the end of the last; ascending.
+        bounds: int64 [w + 1], first document of each block, then m.
+        longest: Most tokens of a piece, at least 3.
+
+    Returns:
+        First token of each piece, int64 [p]; its tokens, int32 [p]; first piece of each block, then p, int64 [w + 1].
+    """
+
 def first_fit(
     lengths: NDArray[np.int32], window_starts: NDArray[np.int64], capacities: NDArray[np.int64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
