@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
 import os
 import shutil
 import struct
@@ -36,6 +35,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megatron.core.datasets.file_mapping import map_file
 from megatron.core.errors import UserError
 from megatron.core.file_utils import fsync_directory, partial_path, write_durably
 
@@ -249,12 +249,9 @@ class IndexedDataset:
             raise self._damaged(f"sequence {sequence} starts at byte {pointer}", f"byte {expected}")
         return pointer // self.dtype.itemsize
 
-    def _map_file(self, path: Path) -> mmap.mmap | bytes:
+    def _map_file(self, path: Path) -> npt.NDArray[np.uint8]:
         try:
-            with path.open("rb") as file:
-                # An empty file cannot be mapped.
-                size = os.fstat(file.fileno()).st_size
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            return map_file(str(path))
         except FileNotFoundError:
             if path == self._idx_path and self._bin_path.exists():
                 raise UserError(
@@ -269,11 +266,11 @@ class IndexedDataset:
             f"{self._idx_path} is damaged: {found}, expected {expected}; copy it again or preprocess the corpus again"
         )
 
-    def _parse_header(self, index: mmap.mmap | bytes) -> tuple[np.dtype, int, int]:
+    def _parse_header(self, index: npt.NDArray[np.uint8]) -> tuple[np.dtype, int, int]:
         """dtype, number of sequences and number of document indices, checked against the file's size."""
         if len(index) < HEADER_BYTES:
             raise self._damaged(f"{len(index)} bytes", f"a header of {HEADER_BYTES}")
-        magic, version, code, sequences, indices = _HEADER.unpack_from(index)
+        magic, version, code, sequences, indices = _HEADER.unpack_from(index.data)
         if magic != _MAGIC:
             raise self._damaged(f"it starts with {magic!r}", f"{_MAGIC!r}")
         if version != _VERSION:

@@ -112,10 +112,11 @@ def test_what_does_not_belong_together_is_refused(sharded: Path, tmp_path: Path)
     assert "damaged or was edited" in refusal(encode_manifest(sound | {"shards": []}))
     assert "damaged or was edited" in refusal(encode_manifest(sound | {"shards": {"name": "x"}}))
     assert "version 2" in refusal(encode_manifest(sound | {"version": 2}))
-    assert "is not the shard" in refusal(encode_manifest(sound | {"shards": sound["shards"][::-1]}))
+    changed = [sound["shards"][0] | {"num_tokens": 3}, *sound["shards"][1:]]
+    assert "is not the shard" in refusal(encode_manifest(sound | {"shards": changed}))
     fourth = {"name": "corpus-00003"}
     assert "corpus-00003.idx is missing" in refusal(encode_manifest(sound | {"shards": [*sound["shards"], fourth]}))
-    for entry in ({}, "x", {"name": "../corpus-00000"}, {"name": 5}, {"name": ".."}, {"name": "x\0"}):
+    for entry in ({}, "x", {"name": "../corpus-00000"}, {"name": 5}, {"name": "x\0"}):
         assert "damaged or was edited" in refusal(encode_manifest(sound | {"shards": [entry]}))
     assert "damaged or was edited" in refusal(encode_manifest(sound | {"shards": sound["shards"][:2]}))
     write(tmp_path / "wide", [[1]])
@@ -124,3 +125,12 @@ def test_what_does_not_belong_together_is_refused(sharded: Path, tmp_path: Path)
         writer.finalize({})
     with pytest.raises(UserError, match=r"narrow holds uint8 ids, .*wide uint16"):
         Corpus(tmp_path, [open_corpus(tmp_path / name).shards[0] for name in ("wide", "narrow")])
+
+
+def test_open_corpora_keep_no_files_open(plain: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    corpora = [open_corpus(plain) for _ in range(100)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert not corpora[0].pieces[0].flags.writeable
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        corpora[0].pieces[0].flags.writeable = True
