@@ -57,7 +57,7 @@ class BestCheckpoint:
         assert config.checkpoint.save is not None
         self.directory = Path(config.checkpoint.save, BEST_DIRECTORY)
         self.metric, self.context, self.tokenizer = metric, context, tokenizer
-        self.smaller_is_better = metric.endswith("loss")
+        self.smaller_is_better = metric.removeprefix(PREFIX).split("/")[0] == "lm_loss"  # of all, or of one kind
 
     def is_better(self, row: dict[str, Any], best: dict[str, Any]) -> bool:
         """Whether the row of an evaluation has a better value than the best so far."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron.core.datasets.loader import Dataset, T5Loader
+from megatron.core.datasets.loader import Dataset, T5Loader, TensorBatch
 from megatron.core.datasets.metrics import compute_metrics
 from megatron.core.datasets.t5_dataset import SpecialTokens
 from megatron.core.datasets.text_to_text_tasks import Example, Task, example_chunks
@@ -22,7 +22,7 @@ from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.config import RunConfig
 from megatron.training.console import say
-from megatron.training.data import TrainingData, row_lengths
+from megatron.training.data import TrainingData
 from megatron.training.model_setup import DistributedModel, inference_copy
 
 DEFAULT_METRICS = ("exact_match",)
@@ -36,12 +36,14 @@ class EvaluationResult(NamedTuple):
         noise_lm_loss: Per target token that is no sentinel and no end-of-sequence, which are easy.
         num_targets: Target tokens in `lm_loss`.
         num_noise_tokens: Target tokens in `noise_lm_loss`.
+        lm_loss_by_kind: `lm_loss` of the samples of each kind that there is, by name.
     """
 
     lm_loss: float
     noise_lm_loss: float
     num_targets: int
     num_noise_tokens: int
+    lm_loss_by_kind: dict[str, float]
 
 
 def special_token_mask(special: SpecialTokens, padded_vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -49,6 +51,17 @@ def special_token_mask(special: SpecialTokens, padded_vocab_size: int, device: t
     mask = torch.zeros(padded_vocab_size, dtype=torch.bool, device=device)
     mask[torch.tensor([special.eos_id, *special.sentinel_ids], device=device)] = True
     return mask
+
+
+def kinds_of_targets(row_kinds: torch.Tensor, batch: TensorBatch) -> torch.Tensor:
+    """Kind of the sample that each target belongs to `[b, t]`, from those of the rows' segments `[b, segments]`.
+
+    Without segment ids a row is one sample. Padding has no kind, -1.
+    """
+    if batch.decoder_segment_ids is None:
+        return row_kinds[:, :1].expand(batch.labels.shape)
+    with_padding = torch.nn.functional.pad(row_kinds, (1, 0), value=-1)  # segment ids begin with 1
+    return with_padding.gather(1, batch.decoder_segment_ids.long())
 
 
 @torch.no_grad()
@@ -73,27 +86,33 @@ def evaluate(
     Returns:
         The losses, or None when it was given up.
     """
-    totals = torch.zeros(4, dtype=torch.float64, device=context.device)
+    dataset, device = loader.dataset, context.device
+    totals = torch.zeros(len(dataset.kinds), 4, dtype=torch.float64, device=device)
+    rounds = (num_samples, model.evaluation_microbatches)
     model.train_mode(False)
-    for batch in loader.evaluation_batches(num_samples, model.evaluation_microbatches):
+    for ids, batch in zip(loader.evaluation_ids(*rounds), loader.evaluation_batches(*rounds), strict=True):
         if interrupted():
             model.train_mode(True)
             return None
-        inputs = batch.to(context.device)
+        inputs = batch.to(device)
         losses = model.token_losses(inputs)
         if losses is None or not model.counts_loss:
             continue
         counted = inputs.labels >= 0
         noise = counted & ~is_special[inputs.labels.clamp(min=0)]
-        totals += torch.stack(
-            [losses.sum(dtype=torch.float64), (losses * noise).sum(dtype=torch.float64), counted.sum(), noise.sum()]
-        )
+        values = torch.stack([losses, losses * noise, counted, noise]).double()  # [4, b, t]
+        if len(dataset.kinds) == 1:
+            totals += values.sum((1, 2))
+        else:
+            kinds = kinds_of_targets(torch.from_numpy(dataset.row_kinds(ids)).to(device), inputs)
+            totals += torch.stack([(values * (kinds == kind)).sum((1, 2)) for kind in range(len(dataset.kinds))])
     if context.world_size > 1:
         torch.distributed.all_reduce(totals)
     model.train_mode(True)
-    loss, noise_loss, targets, noise_tokens = totals.tolist()
+    loss, noise_loss, targets, noise_tokens = totals.sum(0).tolist()
     noise_mean = noise_loss / noise_tokens if noise_tokens else math.nan  # targets may be sentinels alone
-    return EvaluationResult(loss / targets, noise_mean, int(targets), int(noise_tokens))
+    by_kind = {name: row[0] / row[2] for name, row in zip(dataset.kinds, totals.tolist(), strict=True) if row[2]}
+    return EvaluationResult(loss / targets, noise_mean, int(targets), int(noise_tokens), by_kind)
 
 
 class Evaluator:
@@ -135,7 +154,9 @@ class Evaluator:
         """Names of what an evaluation may find, without the split's; the first is the one that matters most."""
         means = dict.fromkeys(name for names in self._metrics.values() for name in names)
         by_task = [f"{task}/{name}" for task, names in self._metrics.items() for name in names]
-        return [*means, *(by_task if len(self._metrics) > 1 else ()), "lm_loss"]
+        kinds = self.data.train.kinds
+        by_kind = [f"lm_loss/{kind}" for kind in kinds] if len(kinds) > 1 else []
+        return [*means, *(by_task if len(self._metrics) > 1 else ()), "lm_loss", *by_kind]
 
     def _examples_of(self, task: Task, file: Path) -> list[Example]:
         """The examples of a file that are scored; read once, so that they stay the same."""
@@ -158,10 +179,14 @@ class Evaluator:
         if result is None:
             return None
         row, line = {f"{split}_lm_loss": result.lm_loss}, f"{split} at step {step} | lm loss {result.lm_loss:.4f}"
-        if self.config.data.objective == "span-corruption":
+        if self.config.data.objective != "text-to-text":
             row[f"{split}_noise_lm_loss"] = result.noise_lm_loss
             line += f" | noise tokens alone {result.noise_lm_loss:.4f}"
         say(f"{line} | {num_samples} samples in {time.perf_counter() - start:.1f} s", self.context.is_main)
+        if len(dataset.kinds) > 1:
+            row |= {f"{split}_lm_loss/{kind}": loss for kind, loss in result.lm_loss_by_kind.items()}
+            shown = " | ".join(f"{kind} {loss:.3f}" for kind, loss in result.lm_loss_by_kind.items())
+            say(f"{split} by denoiser | {shown}", self.context.is_main)
         return row
 
     def scores(self, split: str, step: int) -> dict[str, float] | None:
@@ -194,14 +219,14 @@ class Evaluator:
     def _score(self, model: T5Model, task: Task, file: Path) -> dict[str, float] | None:
         training, context = self.config.training, self.context
         examples = self._examples_of(task, file)
-        encoder_length, decoder_length = row_lengths(self.config.data)
+        rows = self.data.train
         generated = generate_targets(
             model,
             self.data.tokenizer,
             SpecialIds(self.data.special.pad_id, self.data.special.eos_id, self.data.special.decoder_start_id),
             [task.prefix + example.inputs for example in examples],
-            max_input_length=encoder_length,
-            generation=GenerationConfig(max_new_tokens=decoder_length, num_beams=training.eval_num_beams),
+            max_input_length=rows.encoder_length,
+            generation=GenerationConfig(max_new_tokens=rows.decoder_length, num_beams=training.eval_num_beams),
             rank=context.dp_rank,
             num_ranks=context.dp_size,
             interrupted=self.interrupted,

@@ -76,16 +76,6 @@ class Dataset(Protocol):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Names of the kinds of samples that losses are told for, at least one."""
-
-    def row_kinds(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Kind of each segment of the rows of these ids, `[b, segments]`, one without segments; -1 is none."""
-
-    def epochs(self, num_samples: int) -> list[float]:
-        """How often each corpus was gone through after so many samples."""
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
         """Names of the denoisers whose losses are told apart."""
 
     def row_kinds(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:

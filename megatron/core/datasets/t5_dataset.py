@@ -246,6 +246,16 @@ class SpanCorruptionDataset:
                 "--encoder-seq-length or --noise-density, or use a tokenizer with more (--vocab-extra-ids)"
             )
 
+    kinds = ("span-corruption",)
+
+    def row_kinds(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Kind of each row `[b, 1]`: 0, or -1 for padding."""
+        return np.where(np.asarray(sample_ids) >= 0, 0, -1).astype(np.int32)[:, None]
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How often the tokens were gone through after so many samples."""
+        return [num_samples / self.windows_per_epoch]
+
     def batch(self, sample_ids: NDArray[np.int64]) -> Batch:
         """The samples of these ids, in this order.
 

@@ -94,7 +94,10 @@ class TextToTextDataset:
         tokens_per_sample: Encoder and decoder tokens of a row without padding, mean over the epoch.
         fill_rate: Share of the row slots that hold data, mean over the epoch.
         num_examples: Examples of an epoch.
+        kinds: Of one kind all.
     """
+
+    kinds = ("text-to-text",)
 
     def __init__(
         self, stores: Sequence[ExampleStore], stream: Stream, special: SpecialTokens, lengths: tuple[int, int],
@@ -127,10 +130,9 @@ class TextToTextDataset:
     def batch(self, sample_ids: NDArray[np.int64]) -> Batch:
         """The rows of these ids `[b]`, in this order, with segment ids; -1 gives a row of padding."""
         ids = np.asarray(sample_ids, np.int64)
-        real = np.flatnonzero(ids >= 0 if self._endless else (ids >= 0) & (ids < self.windows_per_epoch))
-        positions, rows = self._rows.examples(ids[real])
+        positions, rows = self._examples(ids)
         stores, examples = self._stream.examples(positions)
-        placements = np.column_stack([real[rows], stores, self._spans(stores, examples)])
+        placements = np.column_stack([rows, stores, self._spans(stores, examples)])
 
         def rows_of(columns: int) -> NDArray[np.int32]:
             return np.empty((ids.size, columns), np.int32)
@@ -143,6 +145,21 @@ class TextToTextDataset:
             inputs, shifted, labels, input_segments, target_segments,
         )  # fmt: skip
         return Batch(inputs, shifted, labels, input_segments, target_segments)
+
+    def row_kinds(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Kind of each segment of the rows of these ids, `[b, segments]`: 0, or -1 where there is none."""
+        segments = np.bincount(self._examples(np.asarray(sample_ids, np.int64))[1], minlength=len(sample_ids))
+        return np.where(np.arange(segments.max(initial=0)) < segments[:, None], 0, -1).astype(np.int32)
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How often all examples were gone through after so many samples."""
+        return [num_samples / self.windows_per_epoch]
+
+    def _examples(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Position in the stream of each example of the rows of `ids`, and the place of its row among them."""
+        real = np.flatnonzero(ids >= 0 if self._endless else (ids >= 0) & (ids < self.windows_per_epoch))
+        positions, rows = self._rows.examples(ids[real])
+        return positions, real[rows]
 
     def _spans(self, stores: NDArray[np.int32], examples: NDArray[np.int64]) -> NDArray[np.int64]:
         """First token and length of the inputs, then of the targets, of examples `[m]`, cut to the rows: `[m, 4]`."""
