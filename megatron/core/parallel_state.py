@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,12 +161,7 @@ class ParallelContext:
         outcome: list[Any] = [None, None]  # result, error
         done = f"on_main/{patiently_at}"
         if self.is_main:
-            try:
-                outcome[0] = function()
-            except UserError as error:
-                outcome[1] = error
-            except OSError as error:
-                outcome[1] = UserError(f"{error.filename or 'a file'}: {error.strerror}; mend this")
+            outcome = _outcome_of(function)
             if patiently_at is not None and self.store is not None:
                 self.store.set(done, "")
         elif patiently_at is not None and self.store is not None:
@@ -177,3 +173,41 @@ class ParallelContext:
             raise outcome[1]
         result: T = outcome[0]
         return result
+
+    def on_local_main(self, function: Callable[[], object], patiently_at: str) -> None:
+        """Let `function` run on one process of each node; all processes call this together and leave it together.
+
+        It may take longer than a collective may. Without torchrun, which numbers the processes of a node, every process
+        runs it.
+
+        Args:
+            function: What to do there.
+            patiently_at: A name that this run uses once.
+
+        Raises:
+            UserError: `function` raised it on a node, or an OSError; on every process, so that none waits for another.
+        """
+        error = _outcome_of(function)[1] if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        if self.store is not None:
+            done = f"on_local_main/{patiently_at}"
+            arrived = self.store.add(done, 1)
+            while arrived < self.world_size:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                arrived = self.store.add(done, 0)
+        errors: list[UserError | None] = [error]
+        if self.control_group is not None:
+            errors = [None] * self.world_size
+            torch.distributed.all_gather_object(errors, error, group=self.control_group)
+        for error in errors:
+            if error is not None:
+                raise error
+
+
+def _outcome_of(function: Callable[[], object]) -> list[Any]:
+    """What `function` returns, and the user's mistake that it met; one of them is None."""
+    try:
+        return [function(), None]
+    except UserError as error:
+        return [None, error]
+    except OSError as error:
+        return [None, UserError(f"{error.filename or 'a file'}: {error.strerror}; mend this")]

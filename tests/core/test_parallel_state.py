@@ -1,12 +1,16 @@
 """The groups of a layout."""
 
+import os
+import time
 from datetime import timedelta
 
+import pytest
 import torch
 from torch import nn
 
 from megatron.core.config import ParallelConfig
 from megatron.core.distributed import SharedParameters
+from megatron.core.errors import UserError
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import Init, ParamSpec
 from tests.distributed import run_distributed
@@ -31,3 +35,37 @@ def test_every_group_has_the_timeout_of_the_flag():
     one, other, alone = run_distributed(_timeouts, 3)
     assert one == other == [timedelta(minutes=3)] * 5
     assert alone == [timedelta(minutes=3)] * 4
+
+
+def _once_a_node(rank, folder, local_rank, nodes, mistake):
+    """What happens on two nodes of two; the second is slow, and may make a mistake."""
+    os.environ["LOCAL_RANK"] = str(local_rank[rank])
+    store = torch.distributed.FileStore(str(folder / "store"), 4)
+    context = ParallelContext.create(ParallelConfig(), torch.device("cpu"), store)
+    calls = []
+
+    def prepare():
+        calls.append(rank)
+        time.sleep(0.3 * nodes[rank])
+        (folder / str(nodes[rank])).touch()
+        if nodes[rank] and mistake is not None:
+            raise mistake
+
+    try:
+        context.on_local_main(prepare, patiently_at="a name")
+    except UserError as error:
+        return calls, str(error)
+    return calls, sorted(path.name for path in folder.glob("?"))
+
+
+@pytest.mark.parametrize("mistake", [None, UserError("mend this"), OSError(28, "no space", "file")])
+def test_one_process_of_each_node_does_it_and_all_know(tmp_path, mistake):
+    outcomes = run_distributed(_once_a_node, 4, tmp_path, (0, 1, 0, 1), (0, 0, 1, 1), mistake)
+    expected = {UserError: "mend this", OSError: "file: no space; mend this"}.get(type(mistake), ["0", "1"])
+    assert outcomes == [([0], expected), ([], expected), ([2], expected), ([], expected)]
+
+
+def test_a_single_process_does_it_itself():
+    calls = []
+    ParallelContext(torch.device("cpu")).on_local_main(lambda: calls.append(1), patiently_at="a name")
+    assert calls == [1]

@@ -14,7 +14,6 @@ or not at all. Any number of processes may ask for it at the same time: one make
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,8 +21,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.core.datasets.cache_lock import locked
 from megatron.core.datasets.indexed_dataset import optimal_dtype
 from megatron.core.datasets.text_to_text_tasks import Example, Task, example_chunks
 from megatron.core.errors import UserError
@@ -101,7 +100,9 @@ def open_examples(path: Path, task: Task, tokenizer: Tokenizer, cache_directory:
     if not cache.is_dir():
         try:
             make_directory(directory)
-            with _lock(cache):
+            with locked(cache) as held:
+                if held:
+                    _remove_abandoned(cache)
                 if not cache.is_dir():
                     _make(cache, path, task, tokenizer)
         except OSError as error:
@@ -122,38 +123,6 @@ def _cache_key(path: Path, task: Task, tokenizer: Tokenizer) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     parts = [content.hexdigest(), tokenizer.fingerprint, task.prefix, task.inputs_key, task.targets_key]
     return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _lock(cache: Path) -> Iterator[None]:
-    """One process at a time.
-
-    Where the file system has no locks, or each machine its own, several do the same work, and one publishes it.
-    """
-    path = cache.with_name(cache.name + ".lock")
-    while True:
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-            except OSError:
-                pass
-            else:
-                if not _is_file_at(path, file.fileno()):
-                    continue  # whoever had the lock has removed it, and others may have a new one
-                _remove_abandoned(cache)
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _is_file_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file still has this name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _partial_prefix(cache: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron.core.datasets import cache_lock
 from megatron.core.datasets import examples as module
 from megatron.core.datasets.examples import ExampleStore, open_examples
 from megatron.core.datasets.text_to_text_tasks import Task
@@ -149,7 +150,7 @@ def test_the_lock_is_one_process_own(tmp_path: Path) -> None:
 
     def enter_often(number: int) -> None:
         for _ in range(30):
-            with module._lock(tmp_path / "cache"):
+            with cache_lock.locked(tmp_path / "cache"):
                 inside.append(number)
                 time.sleep(1e-4)
                 crowds.append(len(inside))
@@ -164,7 +165,7 @@ def test_without_locks_the_first_one_publishes(path: Path, monkeypatch: pytest.M
     def refuse(*args: object) -> None:
         raise OSError("no locks here")
 
-    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    monkeypatch.setattr(cache_lock.fcntl, "flock", refuse)
     make = module._make
     first: list[ExampleStore] = []
 
