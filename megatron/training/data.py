@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from megatron.core.config import DataConfig, TokenizerConfig
+from megatron.core.datasets.denoising import DenoisingPlan
 from megatron.core.datasets.indexed_dataset import IndexedDataset, manifest_path, resolve_prefix
 from megatron.core.datasets.loader import Dataset
-from megatron.core.datasets.t5_dataset import SpecialTokens, build_datasets, span_corruption_lengths
+from megatron.core.datasets.t5_dataset import SpecialTokens, build_datasets
 from megatron.core.datasets.text_to_text import build_text_to_text
 from megatron.core.datasets.text_to_text_tasks import Task
 from megatron.core.dist_checkpointing import published_checkpoints
@@ -134,8 +135,8 @@ def row_lengths(config: DataConfig) -> tuple[int, int]:
     if config.objective == "text-to-text":
         assert config.decoder_seq_length is not None
         return config.encoder_seq_length, config.decoder_seq_length
-    lengths = span_corruption_lengths(config.encoder_seq_length, config.noise_density, config.mean_noise_span_length)
-    return lengths.inputs, lengths.targets
+    plan = DenoisingPlan.build(config, num_sentinels=2**31)
+    return plan.encoder_length, plan.decoder_length
 
 
 def _open_corpus(config: RunConfig) -> TrainingData:

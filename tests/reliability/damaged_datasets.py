@@ -68,7 +68,7 @@ def read_as_training_does(prefix: Path) -> str:
     digest = hashlib.sha256()
     for split in (datasets.train, datasets.valid, datasets.test):
         assert split is not None
-        digest.update(str(split.token_range).encode())
+        digest.update(str(split.parts[0].tokens).encode())
         for rows in split.batch(np.arange(EPOCHS * split.windows_per_epoch))[:3]:
             digest.update(rows.tobytes())
     return f"read: {digest.hexdigest()}"

@@ -23,7 +23,7 @@ import torch
 
 from megatron.core.datasets.loader import TensorBatch
 from megatron.core.datasets.prefetch import Prefetcher
-from megatron.core.datasets.t5_dataset import Batch, SpanCorruptionDataset
+from megatron.core.datasets.t5_dataset import Batch, DenoisingDataset
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.arguments import parse_args
 from megatron.training.training import pretrain_in
@@ -121,9 +121,9 @@ def _recorded() -> Iterator[list[list[int]]]:
     """
     dealt: list[list[int]] = []
     read: dict[int, list[int]] = {}
-    batch, step_batch = SpanCorruptionDataset.batch, Prefetcher.step_batch
+    batch, step_batch = DenoisingDataset.batch, Prefetcher.step_batch
 
-    def read_batch(dataset: SpanCorruptionDataset, ids: np.ndarray) -> Batch:
+    def read_batch(dataset: DenoisingDataset, ids: np.ndarray) -> Batch:
         made = batch(dataset, ids)
         read[made.encoder_input_ids.ctypes.data] = ids.tolist()
         return made
@@ -134,7 +134,7 @@ def _recorded() -> Iterator[list[list[int]]]:
         return taken
 
     with (
-        patch.object(SpanCorruptionDataset, "batch", read_batch),
+        patch.object(DenoisingDataset, "batch", read_batch),
         patch.object(Prefetcher, "step_batch", take_batch),
     ):
         yield dealt
