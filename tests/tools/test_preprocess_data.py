@@ -403,11 +403,11 @@ def test_workers_end_with_a_killed_parent_and_the_next_run_is_whole(tmp_path: Pa
         process.kill()
         process.wait()
     wait_for_the_end_of(children)
-    assert names(tmp_path) == {"in.txt", "x_text_document.bin.partial"}
+    assert all(name.endswith(".partial") for name in names(tmp_path) - {"in.txt"})
     pipe.unlink()
     pipe.write_text("one\n")
     run(pipe, tmp_path / "x")
-    assert texts_of(tmp_path / "x") == ["one"] and "x_text_document.bin.partial" not in names(tmp_path)
+    assert texts_of(tmp_path / "x") == ["one"] and not [name for name in names(tmp_path) if "partial" in name]
 
 
 def wait_for_the_end_of(processes: list[str]) -> None:

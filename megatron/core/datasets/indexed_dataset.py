@@ -20,125 +20,64 @@ Reference: Megatron-LM, `megatron/core/datasets/indexed_dataset.py`.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
-import struct
-import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron.core.datasets.file_mapping import map_file
+from megatron.core.datasets.indexed_format import (
+    DTYPES,
+    FLOAT_CODES,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    MANIFEST_FORMAT,
+    MANIFEST_VERSION,
+    SHARDED_FORMAT,
+    UNCHECKED_MANIFEST_VERSION,
+    VERSION,
+    Tokens,
+    bin_path,
+    encode_manifest,
+    idx_path,
+    is_dataset,
+    is_sharded,
+    manifest_checksum,
+    manifest_counts,
+    manifest_path,
+    optimal_dtype,
+    remove_dataset,
+    resolve_prefix,
+    shard_prefix,
+)
+from megatron.core.datasets.indexed_writer import IndexedDatasetWriter
 from megatron.core.errors import UserError
-from megatron.core.file_utils import fsync_directory, partial_path, write_durably
 
-MANIFEST_FORMAT = "megatron-t5 indexed dataset"
-MANIFEST_VERSION = 2
-UNCHECKED_MANIFEST_VERSION = 1  # of manifests without checksums
-SHARDED_FORMAT = "megatron-t5 sharded dataset"  # of the manifest that joins several datasets (corpus.py)
-
-_MAGIC = b"MMIDIDX\x00\x00"
-_VERSION = 1
-_HEADER = struct.Struct("<9sQBQQ")
-HEADER_BYTES = _HEADER.size
-_DTYPES: dict[int, np.dtype] = {
-    code: np.dtype(name)
-    for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
-}  # fmt: skip
-_FLOAT_CODES = {6: "float64", 7: "float32"}
-_BLOCK = 1 << 20  # sequences per step of the writer's streaming passes: 12 MiB of memory
-
-Tokens = npt.NDArray[Any]
-
-
-def optimal_dtype(vocab_size: int) -> np.dtype:
-    """Megatron-LM's rule for the dtype of ids: uint16 below 65,500 ids, int32 from there on."""
-    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
-
-
-def bin_path(prefix: str | Path) -> Path:
-    """`<prefix>.bin`; the prefix may itself contain dots."""
-    return Path(f"{prefix}.bin")
-
-
-def idx_path(prefix: str | Path) -> Path:
-    """`<prefix>.idx`."""
-    return Path(f"{prefix}.idx")
-
-
-def manifest_path(prefix: str | Path) -> Path:
-    """`<prefix>.json`."""
-    return Path(f"{prefix}.json")
-
-
-def resolve_prefix(path: str | Path) -> Path:
-    """The dataset prefix that `path` means: as given, else with `_text_document` appended.
-
-    Raises:
-        UserError: neither is a dataset.
-    """
-    given, text = Path(path), Path(f"{path}_text_document")
-    for candidate in (given, text):
-        if is_dataset(candidate):
-            return candidate
-    raise UserError(
-        f"--data-path {path}: neither {idx_path(given)} nor {idx_path(text)} exists; "
-        "give the prefix of a dataset that tools/preprocess_data.py wrote"
-    )
-
-
-def shard_prefix(prefix: str | Path, number: int) -> Path:
-    """Prefix of a shard of a sharded corpus."""
-    return Path(f"{prefix}-{number:05d}")
-
-
-def is_sharded(prefix: str | Path) -> bool:
-    """Whether `<prefix>.json` is the manifest of a sharded corpus; reads its beginning only."""
-    try:
-        with manifest_path(prefix).open("rb") as file:
-            return SHARDED_FORMAT.encode() in file.read(4 * len(SHARDED_FORMAT))
-    except OSError:
-        return False
-
-
-def is_dataset(prefix: str | Path) -> bool:
-    """Whether a file of a dataset of this prefix, or the manifest of a sharded corpus, is there."""
-    return idx_path(prefix).is_file() or bin_path(prefix).is_file() or is_sharded(prefix)
-
-
-def remove_dataset(prefix: str | Path) -> None:
-    """Remove `<prefix>.idx`, `.bin` and `.json` where they exist; the index first, so that no half opens.
-
-    Of a sharded corpus the manifest goes first, then the shards that it lists (none when it cannot be read).
-    """
-    if is_sharded(prefix):
-        try:
-            num_shards = len(json.loads(manifest_path(prefix).read_bytes())["shards"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            num_shards = 0
-        manifest_path(prefix).unlink()
-        fsync_directory(manifest_path(prefix).parent)
-        for number in range(num_shards):
-            remove_dataset(shard_prefix(prefix, number))
-    for path in (idx_path(prefix), bin_path(prefix), manifest_path(prefix)):
-        path.unlink(missing_ok=True)
-
-
-def manifest_checksum(content: dict[str, Any]) -> int:
-    """CRC-32 of a manifest's `content`, without the checksum itself."""
-    return zlib.crc32(json.dumps(content).encode())
-
-
-def encode_manifest(content: dict[str, Any]) -> bytes:
-    """JSON text of a manifest's `content` and of its checksum, which is the last entry."""
-    return (json.dumps(content | {"manifest_crc32": manifest_checksum(content)}, indent=2) + "\n").encode()
+__all__ = [
+    "HEADER_BYTES",
+    "MANIFEST_FORMAT",
+    "MANIFEST_VERSION",
+    "SHARDED_FORMAT",
+    "UNCHECKED_MANIFEST_VERSION",
+    "IndexedDataset",
+    "IndexedDatasetWriter",
+    "Tokens",
+    "bin_path",
+    "encode_manifest",
+    "idx_path",
+    "is_dataset",
+    "is_sharded",
+    "manifest_checksum",
+    "manifest_path",
+    "optimal_dtype",
+    "remove_dataset",
+    "resolve_prefix",
+    "shard_prefix",
+]
 
 
 class IndexedDataset:
@@ -270,21 +209,21 @@ class IndexedDataset:
         """dtype, number of sequences and number of document indices, checked against the file's size."""
         if len(index) < HEADER_BYTES:
             raise self._damaged(f"{len(index)} bytes", f"a header of {HEADER_BYTES}")
-        magic, version, code, sequences, indices = _HEADER.unpack_from(index.data)
-        if magic != _MAGIC:
-            raise self._damaged(f"it starts with {magic!r}", f"{_MAGIC!r}")
-        if version != _VERSION:
-            raise self._damaged(f"version {version}", str(_VERSION))
-        if code in _FLOAT_CODES:
-            raise UserError(f"{self._idx_path} holds {_FLOAT_CODES[code]} values; token ids must be integers")
-        if code not in _DTYPES:
-            raise self._damaged(f"dtype code {code}", f"one of {sorted(_DTYPES)}")
+        magic, version, code, sequences, indices = HEADER.unpack_from(index.data)
+        if magic != MAGIC:
+            raise self._damaged(f"it starts with {magic!r}", f"{MAGIC!r}")
+        if version != VERSION:
+            raise self._damaged(f"version {version}", str(VERSION))
+        if code in FLOAT_CODES:
+            raise UserError(f"{self._idx_path} holds {FLOAT_CODES[code]} values; token ids must be integers")
+        if code not in DTYPES:
+            raise self._damaged(f"dtype code {code}", f"one of {sorted(DTYPES)}")
         if indices < 1:
             raise self._damaged("no document index", "at least 1")
         size = HEADER_BYTES + 12 * sequences + 8 * indices
         if len(index) not in (size, size + sequences):  # the second with multimodal modes
             raise self._damaged(f"{len(index)} bytes", f"{size} for {sequences} sequences, {indices} document indices")
-        return _DTYPES[code], sequences, indices
+        return DTYPES[code], sequences, indices
 
     def _check_index(self) -> int:
         """Check the ends of the index arrays and the size of the `.bin`, which is returned in bytes."""
@@ -344,256 +283,4 @@ class IndexedDataset:
         return manifest
 
     def _counts(self) -> dict[str, Any]:
-        return _manifest_counts(self.dtype, self.num_tokens, self.num_sequences, self.num_documents)
-
-
-def _manifest_counts(dtype: np.dtype, tokens: int, sequences: int, documents: int) -> dict[str, Any]:
-    """The part of a manifest that follows from the data itself."""
-    return {
-        "dtype": dtype.name,
-        "num_tokens": tokens,
-        "num_sequences": sequences,
-        "num_documents": documents,
-        "bin_bytes": tokens * dtype.itemsize,
-    }
-
-
-class _ChecksummedFile:
-    """Writes to a file; knows the bytes and the CRC-32 of what was written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.bytes = self.crc32 = 0
-
-    def write(self, block: Any) -> None:
-        self._file.write(block)
-        self.crc32 = zlib.crc32(block, self.crc32)
-        self.bytes += memoryview(block).nbytes
-
-    def describe(self) -> dict[str, int]:
-        return {"bytes": self.bytes, "crc32": self.crc32}
-
-
-class IndexedDatasetWriter:
-    """Streaming writer; memory does not grow with the corpus.
-
-    Use it as a context manager and call `finalize` at the end; leaving the block without it, or by an exception,
-    discards everything. `finalize` is `prepare`, which writes all that is missing, and `publish`, which only renames:
-    until `publish`, nothing is under the final names (an older dataset of the same prefix stays usable, also when the
-    disk is full). `publish` removes the old dataset, its index first, and renames the `.bin`, the manifest and the
-    `.idx` in this order: whatever the instant of a crash, an index that opens has its own `.bin` and manifest.
-
-    Args:
-        prefix: Path without `.bin` and `.idx`; its directory is created.
-        dtype: Integer dtype of the ids (`optimal_dtype`).
-        overwrite: Replace a dataset that exists; otherwise it is refused.
-
-    Raises:
-        UserError: the dataset exists and `overwrite` is not set, or another process is writing it.
-    """
-
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, overwrite: bool = False) -> None:
-        self.prefix = Path(prefix)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = next((code for code, known in _DTYPES.items() if known == self.dtype), None)
-        if self._code is None:
-            raise UserError(
-                f"token ids cannot be stored as {self.dtype}; use one of {list(map(str, _DTYPES.values()))}"
-            )
-        if idx_path(prefix).exists() and not overwrite:
-            raise UserError(f"{idx_path(prefix)} exists; give another --output-prefix, or --overwrite to replace it")
-        self.num_tokens = self.num_sequences = self.num_documents = 0
-        self._one_sequence_per_document = True
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._partial_bin = partial_path(bin_path(prefix))
-        self._partial_idx = partial_path(idx_path(prefix))
-        self._partial_manifest = partial_path(manifest_path(prefix))
-        self._other_partials: list[Path] = []
-        self._bin: BinaryIO = self._partial_bin.open("ab")
-        self._bin_content = _ChecksummedFile(self._bin)
-        try:
-            self._claim()
-            # Lengths and document ends wait in unnamed files: lists of them would outgrow memory on large corpora.
-            self._lengths = self._spool()  # int32[S]
-            self._document_ends = self._spool()  # int64[D - 1]
-        except BaseException:
-            self._bin.close()
-            raise
-        self._has_manifest = False
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.discard()
-
-    def add_document(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> None:
-        """Append one document.
-
-        Args:
-            tokens: Ids of the document.  # [num_tokens]
-            lengths: Tokens of each of its sequences (sentences); they sum to num_tokens. Default: one sequence.
-        """
-        ids = self._checked_ids(tokens)
-        self._append(ids, np.asarray([ids.size] if lengths is None else lengths, dtype=np.int64))
-        self._end_documents(np.array([self.num_sequences]))
-
-    def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
-        """Append many documents of one sequence each: their ids end to end, and the tokens of each of them."""
-        first = self.num_sequences
-        self._append(self._checked_ids(tokens), np.asarray(lengths, dtype=np.int64))
-        self._end_documents(np.arange(first, self.num_sequences) + 1)
-
-    def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Append all documents of another dataset, streaming.
-
-        Raises:
-            UserError: its dtype is not this writer's.
-        """
-        if dataset.dtype != self.dtype:
-            raise UserError(
-                f"{dataset.prefix} holds {dataset.dtype.name} ids, expected {self.dtype.name}; only alike join"
-            )
-        first, token = self.num_sequences, 0
-        for start in range(0, dataset.num_sequences, _BLOCK):
-            lengths = np.asarray(dataset.sequence_lengths[start : start + _BLOCK], dtype=np.int64)
-            block = int(lengths.sum())
-            self._append(dataset.tokens[token : token + block], lengths)
-            token += block
-        for start in range(1, dataset.num_documents + 1, _BLOCK):
-            self._end_documents(np.asarray(dataset.document_indices[start : start + _BLOCK]) + first)
-
-    def finalize(self, manifest: dict[str, Any] | None = None) -> None:
-        """Publish the dataset: `prepare`, then `publish`."""
-        self.prepare(manifest)
-        self.publish()
-
-    def prepare(self, manifest: dict[str, Any] | None = None) -> None:
-        """Write index and manifest under temporary names and wait until everything is on the disk.
-
-        Args:
-            manifest: Further entries for `<prefix>.json` (format, version, counts and checksums are added); None
-                writes no file.
-
-        Raises:
-            UserError: no token was added.
-        """
-        if self.num_tokens == 0:
-            raise UserError(f"{self.prefix}: empty corpus, no tokens to write; check the input and its key")
-        counts = _manifest_counts(self.dtype, self.num_tokens, self.num_sequences, self.num_documents)
-        index_content = self._write_index()
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        if manifest is not None:
-            content = {
-                "format": MANIFEST_FORMAT,
-                "version": MANIFEST_VERSION,
-                **counts,
-                "one_sequence_per_document": self._one_sequence_per_document,
-                "files": {"bin": self._bin_content.describe(), "idx": index_content},
-                **manifest,
-            }
-            write_durably(self._partial_manifest, encode_manifest(content))
-        self._has_manifest = manifest is not None
-
-    def publish(self) -> None:
-        """Put what `prepare` wrote in the place of an older dataset of this prefix."""
-        remove_dataset(self.prefix)
-        fsync_directory(self.prefix.parent)
-        self._partial_bin.replace(bin_path(self.prefix))
-        if self._has_manifest:
-            self._partial_manifest.replace(manifest_path(self.prefix))
-        self._partial_idx.replace(idx_path(self.prefix))
-        fsync_directory(self.prefix.parent)
-        self._close()
-
-    def discards(self, directory: Path) -> None:
-        """Let `discard` remove this directory too, which goes under its final name before `publish`."""
-        self._other_partials.append(directory)
-
-    def discard(self) -> None:
-        """Remove what was written and not published; nothing to do after `finalize`."""
-        if not self._bin.closed:
-            for directory in self._other_partials:
-                shutil.rmtree(directory, ignore_errors=True)
-            for partial in (self._partial_bin, self._partial_idx, self._partial_manifest):
-                partial.unlink(missing_ok=True)
-            self._close()
-
-    def _spool(self) -> BinaryIO:
-        return tempfile.TemporaryFile(dir=self.prefix.parent)
-
-    def _claim(self) -> None:
-        """Lock the partial file against a second writer, then empty it of what a crashed writer left."""
-        busy = UserError(f"{self._partial_bin} is being written by another process; wait for it to end")
-        try:
-            fcntl.flock(self._bin.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        except OSError:
-            pass  # Some network file systems have no locks; two writers there are the user's to avoid.
-        try:
-            # Between our open and the lock the other writer may have finished: the file is then its published .bin.
-            mine = os.path.samestat(os.fstat(self._bin.fileno()), self._partial_bin.stat())
-        except FileNotFoundError:
-            mine = False
-        if not mine:
-            raise busy
-        self._bin.truncate(0)
-
-    def _checked_ids(self, tokens: npt.ArrayLike) -> Tokens:
-        ids = np.asarray(tokens)
-        if ids.size == 0:
-            return np.empty(0, self.dtype)
-        if ids.dtype.kind not in "iu" or ids.ndim != 1:
-            raise UserError(f"token ids must be a row of integers, got {ids.ndim} dimensions of {ids.dtype}")
-        if ids.dtype != self.dtype:
-            limits, low, high = np.iinfo(self.dtype), int(ids.min()), int(ids.max())
-            if low < limits.min or high > limits.max:
-                raise UserError(f"token ids from {low} to {high} do not fit {self.dtype.name}; choose a wider dtype")
-            ids = ids.astype(self.dtype)
-        return ids
-
-    def _append(self, ids: Tokens, lengths: npt.NDArray[np.int64]) -> None:
-        if lengths.size and (lengths.min() < 0 or lengths.max() > np.iinfo(np.int32).max):
-            raise UserError(
-                f"{self.prefix}: a sequence of {lengths.max()} tokens is beyond the format's 2**31 - 1; split it"
-            )
-        assert int(lengths.sum()) == ids.size, "lengths must add up to the number of ids"
-        self._bin_content.write(np.ascontiguousarray(ids).data)
-        self._lengths.write(lengths.astype("<i4").tobytes())
-        self.num_tokens += ids.size
-        self.num_sequences += lengths.size
-
-    def _end_documents(self, ends: npt.NDArray[np.int64]) -> None:
-        alone = np.arange(self.num_documents + 1, self.num_documents + ends.size + 1)
-        self._one_sequence_per_document &= bool(np.array_equal(ends, alone))
-        self._document_ends.write(ends.astype("<i8").tobytes())
-        self.num_documents += ends.size
-
-    def _write_index(self) -> dict[str, int]:
-        """Write the index; returns its bytes and checksum."""
-        assert self._code is not None
-        with self._partial_idx.open("wb") as file:
-            index = _ChecksummedFile(file)
-            index.write(_HEADER.pack(_MAGIC, _VERSION, self._code, self.num_sequences, self.num_documents + 1))
-            self._lengths.seek(0)
-            shutil.copyfileobj(self._lengths, index, 4 * _BLOCK)
-            self._lengths.seek(0)
-            pointer = 0
-            while block := self._lengths.read(4 * _BLOCK):
-                ends = pointer + np.cumsum(np.frombuffer(block, "<i4"), dtype=np.int64) * self.dtype.itemsize
-                index.write(np.concatenate(([pointer], ends[:-1])).astype("<i8").tobytes())
-                pointer = int(ends[-1])
-            index.write(np.zeros(1, "<i8").tobytes())
-            self._document_ends.seek(0)
-            shutil.copyfileobj(self._document_ends, index, 8 * _BLOCK)
-            file.flush()
-            os.fsync(file.fileno())
-        return index.describe()
-
-    def _close(self) -> None:
-        for file in (self._bin, self._lengths, self._document_ends):
-            file.close()
+        return manifest_counts(self.dtype, self.num_tokens, self.num_sequences, self.num_documents)

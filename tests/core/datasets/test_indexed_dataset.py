@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.core.datasets import indexed_dataset
+from megatron.core.datasets import indexed_writer
 from megatron.core.datasets.indexed_dataset import (
     IndexedDataset,
     IndexedDatasetWriter,
@@ -91,7 +91,7 @@ def test_reader_arrays_are_read_only_and_it_can_be_pickled(tmp_path: Path) -> No
 
 
 def test_add_documents_and_add_dataset_equal_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexed_dataset, "_BLOCK", 2)  # several blocks even for these few sequences
+    monkeypatch.setattr(indexed_writer, "_BLOCK", 2)  # several blocks even for these few sequences
     first = write(tmp_path / "first", DOCUMENTS)
     second = write(tmp_path / "second", [[[5]], [[6, 7]], [[]]])
     with IndexedDatasetWriter(tmp_path / "joined", "uint16") as writer:
@@ -328,7 +328,7 @@ def test_no_bit_flip_of_the_manifest_is_accepted(tmp_path: Path) -> None:
 def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), IndexedDatasetWriter(tmp_path / "a", "uint16") as writer:
         writer.add_document([1, 2])
-        assert names(tmp_path) == {"a.bin.partial"}
+        assert names(tmp_path) == {"a.bin.partial", "a.lengths.partial", "a.documents.partial"}
         raise RuntimeError
     with IndexedDatasetWriter(tmp_path / "a", "uint16") as writer:
         writer.add_document([1, 2])  # never finalized
@@ -373,7 +373,7 @@ def test_crash_between_any_two_steps_never_leaves_a_wrong_dataset(
             try:
                 writer.finalize({"which": "new"})
             except Crash:
-                writer._close()  # as the end of the process would; nothing is cleaned up
+                writer.close()  # as the end of the process would; nothing is cleaned up
         try:
             dataset = IndexedDataset(prefix)
         except UserError:
