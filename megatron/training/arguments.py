@@ -395,6 +395,8 @@ def _checkpoint_values(given: dict[str, Any], by_name: dict[str, Option]) -> dic
 
     names = {option.name for option in by_name.values() if option.group == "checkpoint"}
     path, values = checkpoint_arguments(CheckpointConfig(**{n: v for n, v in given.items() if n in names}))
+    if given.get("objective", values.get("objective")) != values.get("objective"):
+        values = {n: v for n, v in values.items() if n not in ("denoisers", "packing")}  # of the checkpoint's objective
     return {n: _convert(by_name[n], v, f"{path}: {flag_name(n)}") for n, v in values.items() if n in by_name}
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
+from megatron.core.datasets.denoising import DenoisingPlan
 from megatron.core.distributed import DataParallel
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_communication import SentBytes, data_bytes, pipeline_bytes, tensor_bytes
@@ -30,6 +31,7 @@ from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import ModelParameter, local_tensor, model_parameters, sharded_axes
 from megatron.core.pipeline_parallel.simulator import TimedAction
 from megatron.core.tensor_parallel import TensorParallel
+from megatron.core.tokenizers import DEFAULT_EXTRA_IDS
 from megatron.training.config import DryRunConfig, RunConfig
 from megatron.training.console import say
 from megatron.training.data import fit_vocabulary, open_data, row_lengths, tokenizer_of_tasks
@@ -243,12 +245,8 @@ def dry_run(config: RunConfig, options: DryRunConfig, vocab_size_given: bool = F
     """
     if os.environ.get("RANK", "0") != "0":
         return  # under a launcher, one process is enough
-    if config.data.objective == "text-to-text":
-        fit_vocabulary(config, tokenizer_of_tasks(config), vocab_size_given)
-    elif config.data.data_path:
-        fit_vocabulary(config, open_data(config).tokenizer, vocab_size_given)
+    encoder_length, decoder_length = _open(config, vocab_size_given)
     parallel = config.parallel
-    encoder_length, decoder_length = row_lengths(config.data)
     smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     world_size = options.dry_run_world_size or int(os.environ.get("WORLD_SIZE", smallest))
     if options.dry_run_rank is not None and options.dry_run_rank >= world_size:
@@ -263,6 +261,24 @@ def dry_run(config: RunConfig, options: DryRunConfig, vocab_size_given: bool = F
     if options.device_memory_gib is not None:
         check_fit(run, ranks, options.device_memory_gib)
         say(f"all ranks fit into {options.device_memory_gib:g} GiB")
+
+
+def _open(config: RunConfig, vocab_size_given: bool) -> tuple[int, int]:
+    """Tokens of both rows; gives the model the vocabulary of the data, if there are any.
+
+    Without data, a mode of UL2 counts as one token, and the sentinels are as many as the flags ask for.
+    """
+    data = config.data
+    if data.objective == "text-to-text":
+        fit_vocabulary(config, tokenizer_of_tasks(config), vocab_size_given)
+        return row_lengths(data)
+    if data.data_path or data.train_data_path or data.data_config:
+        opened = open_data(config)
+        fit_vocabulary(config, opened.tokenizer, vocab_size_given)
+        return opened.train.encoder_length, opened.train.decoder_length
+    asked_for = config.tokenizer.vocab_extra_ids
+    plan = DenoisingPlan.build(data, DEFAULT_EXTRA_IDS if asked_for is None else asked_for)
+    return plan.encoder_length, plan.decoder_length
 
 
 def describe(run: DryRun, ranks: Sequence[DryRank]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron.core.config import ModelConfig
+from megatron.core.config import DataConfig, ModelConfig
 from megatron.core.dist_checkpointing import (
     CheckpointError,
     first_sound,
@@ -33,16 +33,25 @@ from megatron.training.checkpointing import Progress, training_tensors
 from megatron.training.config import GROUPS, CheckpointConfig, RunConfig
 
 CHANGEABLE_MODEL_FIELDS = ("hidden_dropout", "attention_dropout", "init_method_std")
-# Fields of the data that decide what a sample is; where files lie and how they are read shows in their fingerprints.
-SAMPLE_FIELDS = {
-    "span-corruption": ("objective", "split", "encoder_seq_length", "noise_density", "mean_noise_span_length"),
+# Fields of the data that decide what a sample is; where files lie, how they are read and at what rates corpora are
+# mixed shows in their fingerprints.
+_CORPUS_FIELDS = ("objective", "split", "encoder_seq_length", "packing", "shuffle_block_windows")
+_SAMPLE_FIELDS = {
+    "span-corruption": (*_CORPUS_FIELDS, "noise_density", "mean_noise_span_length"),
+    "ul2": (*_CORPUS_FIELDS, "denoisers"),
+    "prefix-lm": _CORPUS_FIELDS,
     "text-to-text": (
         "objective", "encoder_seq_length", "decoder_seq_length", "packing", "packing_window", "truncate_targets",
         "mixture_temperature",
     ),
 }  # fmt: skip
 # Of these, what a new run from the weights takes over with --use-checkpoint-args.
-OBJECTIVE_FIELDS = ("objective", "encoder_seq_length", "noise_density", "mean_noise_span_length")
+OBJECTIVE_FIELDS = (
+    "objective", "encoder_seq_length", "noise_density", "mean_noise_span_length", "denoisers", "packing",
+    "packing_window",
+)  # fmt: skip
+# Flags that name corpora: each of them is given instead of others.
+_CORPORA = ("data_path", "data_config", "train_data_path")
 SPLITS = {"validation", "test"}  # that are evaluated
 SHOWN_STEPS = 5
 
@@ -153,7 +162,9 @@ def checkpoint_arguments(config: CheckpointConfig) -> tuple[Path, dict[str, Any]
         data = saved.get("data", {})
         return start.path, values | {name: data[name] for name in OBJECTIVE_FIELDS if name in data}
     values = saved["model"] | saved["tokenizer"] | saved["data"] | {"seed": saved["training"].get("seed")}
-    values.pop("data_path", None)
+    of_splits = ("valid_data_path", "test_data_path") if values.get("train_data_path") else ()
+    for name in (*_CORPORA, *of_splits):
+        values.pop(name, None)
     return start.path, values
 
 
@@ -329,6 +340,8 @@ def adopt_settings(
     training = config.training
     if start.is_huggingface:
         _check_ids(start, tokenizer)
+    else:
+        _check_sentinels(start, tokenizer, vocab_size_given)
     if start.scope is Scope.WEIGHTS:
         size = start.manifest["config"]["model"]["vocab_size"]
         if vocab_size_given:
@@ -349,6 +362,22 @@ def adopt_settings(
                 "give --global-batch-size"
             )
         training.global_batch_size = size
+
+
+def _check_sentinels(start: StartingPoint, tokenizer: Tokenizer, vocab_size_given: bool) -> None:
+    """Raise `UserError` when nothing but the number of sentinels keeps the tokenizer from being the checkpoint's.
+
+    A new run from its weights may have as many as the vocabulary has room for.
+    """
+    saved, number = start.manifest["tokenizer"], len(tokenizer.sentinel_ids)
+    has_room = vocab_size_given or tokenizer.vocab_size <= start.manifest["config"]["model"]["vocab_size"]
+    if (start.scope is Scope.WEIGHTS and has_room) or saved.get("num_sentinels") == number:
+        return
+    if tokenizer.spells_as(saved):
+        raise UserError(
+            f"{start.path} was trained with {saved['num_sentinels']} sentinels, but this run's tokenizer has {number}, "
+            f"which are other rows of the embedding; give --vocab-extra-ids {saved['num_sentinels']}"
+        )
 
 
 def _check_ids(start: StartingPoint, tokenizer: Tokenizer) -> None:
@@ -390,7 +419,7 @@ def check_compatible(start: StartingPoint, config: RunConfig, description: dict[
             path, f"was trained with another {name}", start.manifest[name], description[name],
             "use the same, another --save, or --finetune",
         )  # fmt: skip
-    samples = {name: current["data"][name] for name in SAMPLE_FIELDS[config.data.objective]}
+    samples = {name: current["data"][name] for name in sample_fields(config.data)}
     samples["seed"] = config.training.seed
     _refuse(
         path, "was trained on other samples", saved["data"] | {"seed": saved["training"].get("seed")}, samples,
@@ -402,6 +431,14 @@ def check_compatible(start: StartingPoint, config: RunConfig, description: dict[
     groups = ("model", "compute", "optimizer", "training")
     differing = [text for group in groups for text in _differences(saved[group], current[group])]
     return [f"not as in the run that saved it: {', '.join(differing)}"] if differing else []
+
+
+def sample_fields(config: DataConfig) -> tuple[str, ...]:
+    """Fields of the data that decide what a sample is, with this objective and packing."""
+    names = _SAMPLE_FIELDS[config.objective]
+    if config.packing == "segments" and config.objective != "text-to-text":
+        names += ("packing_window", "decoder_seq_length")  # documents fill the row that is given
+    return names
 
 
 def choose_schedule(
