@@ -1,8 +1,9 @@
 """Say in one line for each dataset and checkpoint whether it is sound and, if not, where not.
 
-A PATH is the prefix of a dataset (or its .bin, .idx or .json), a checkpoint (`iter_0000100`), or a directory of
-checkpoints, all of which are read. Everything is read: of a dataset every entry of the index, every id, the copy of the
-tokenizer and all checksums; of a checkpoint the manifest, all checksums and what its files say they hold.
+A PATH is the prefix of a dataset (or its .bin, .idx or .json), the prefix of a sharded one (or its .json), a checkpoint
+(`iter_0000100`), or a directory of checkpoints, all of which are read. Everything is read: of a dataset every entry of
+the index, every id, the copy of the tokenizer and all checksums; of a sharded one all its shards; of a checkpoint the
+manifest, all checksums and what its files say they hold.
 Exit status: 0 all are sound, 1 one is not, 2 unknown flag, 128 + n stopped by signal n.
 """
 
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron.core.datasets.indexed_dataset import bin_path, idx_path
+from megatron.core.datasets.indexed_dataset import bin_path, idx_path, is_dataset
 from megatron.core.datasets.verification import verify_dataset
 from megatron.core.errors import UserError
 from megatron.training.arguments import Parser, exit_status
@@ -40,7 +41,10 @@ def describe_dataset(prefix: Path) -> str:
     """
     report = verify_dataset(prefix)
     unchecked = f"; not checked: {', '.join(report.unchecked)}" if report.unchecked else ""
-    return f"{report.num_tokens:,} tokens, {report.num_documents:,} documents, {size(report.num_bytes)}{unchecked}"
+    shards = f" in {report.num_shards:,} shards" if report.num_shards else ""
+    return (
+        f"{report.num_tokens:,} tokens, {report.num_documents:,} documents{shards}, {size(report.num_bytes)}{unchecked}"
+    )
 
 
 def describe_checkpoint(path: Path) -> str:
@@ -110,11 +114,6 @@ def targets(path: Path) -> Iterator[tuple[Path, Callable[[Path], str]]]:
             f"is no dataset (no {idx_path(path).name} or {bin_path(path).name}) and no checkpoint directory"
         )
     yield prefix, describe_dataset
-
-
-def is_dataset(prefix: Path) -> bool:
-    """Whether a file of a dataset of this prefix is there."""
-    return idx_path(prefix).is_file() or bin_path(prefix).is_file()
 
 
 def size(num_bytes: int) -> str:

@@ -19,12 +19,15 @@ import torch
 from safetensors.torch import save_file
 
 from megatron.core.config import TokenizerConfig
+from megatron.core.datasets.checksums import combined_crc32
+from megatron.core.datasets.corpus import publish_sharded
 from megatron.core.datasets.indexed_dataset import (
     IndexedDatasetWriter,
     bin_path,
     encode_manifest,
     idx_path,
     manifest_path,
+    shard_prefix,
 )
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
 from megatron.core.dist_checkpointing import read_manifest, save_checkpoint
@@ -138,6 +141,67 @@ def test_files_that_are_missing_or_foreign(verify: Verify, prefix: Path, tmp_pat
     assert "tokenizer_config.json cannot be read" in verify(prefix, status=1)[0]
     assert "is no dataset" in verify(tmp_path / "nothing", status=1)[0]
     assert "is no dataset" in verify(tmp_path / ("long" * 1000), tmp_path / "new\nline", status=1)[1]
+
+
+def test_sharded_datasets(verify: Verify, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("first\nsecond\nthird\n")
+    for number in (0, 1):
+        config = {"input": [str(tmp_path / "in.txt")], "output_prefix": str(tmp_path / f"x{number}")}
+        tokenizer = TokenizerConfig(tokenizer_type="ByteTokenizer")
+        preprocess(PreprocessConfig(**config, tokenizer=tokenizer), io.StringIO())  # type: ignore[arg-type]
+        for path in (bin_path, idx_path, manifest_path):
+            path(tmp_path / f"x{number}_text_document").rename(path(shard_prefix(tmp_path / "x", number)))
+    manifest = json.loads(manifest_path(tmp_path / "x-00000").read_bytes())
+    content = {key: manifest[key] for key in ("tokenizer", "tokenizer_directory", "tokenizer_files")}
+    publish_sharded(tmp_path / "x", 2, content)
+    (line,) = {found.rpartition(";")[0] for found in verify(tmp_path / "x", tmp_path / "x.json", status=0)}
+    assert line.startswith(f"{tmp_path / 'x'}: sound: 32 tokens, 6 documents in 2 shards, ")
+    overwrite(bin_path(tmp_path / "x-00001"), 14, b"\x80\x01")
+    assert "x-00001.bin is damaged at byte 14: token 7 (sequence 1) is id 384" in verify(tmp_path / "x", status=1)[0]
+    bin_path(tmp_path / "x-00001").unlink()
+    assert "x-00001.bin cannot be read" in verify(tmp_path / "x", status=1)[0]
+
+
+def test_damage_far_inside_is_found_by_all_threads(verify: Verify, tmp_path: Path) -> None:
+    prefix = tmp_path / "x"
+    lengths = np.arange(600_000) % 40
+    with IndexedDatasetWriter(prefix, "int32") as writer:
+        writer.add_documents(np.arange(lengths.sum()) % 1000, lengths)
+        writer.finalize({})
+    sequences, tokens = len(lengths), int(lengths.sum())
+    assert f"{tokens:,} tokens, 600,000 documents" in verify(prefix, status=0)[0]
+
+    def found(path: Path, offset: int, content: bytes) -> str:
+        with path.open("rb") as file:
+            file.seek(offset)
+            before = file.read(len(content))
+        overwrite(path, offset, content)
+        (line,) = verify(prefix, status=1)
+        overwrite(path, offset, before)
+        return line
+
+    place = 2_500_003  # two values are wrong: the first one is reported
+    overwrite(bin_path(prefix), 4 * (tokens - 1), b"\xff" * 4)
+    assert f"token {place} (sequence" in found(bin_path(prefix), 4 * place, b"\xff" * 4)
+    assert f"token {tokens - 1} (sequence 599999) is id -1, a negative one" in verify(prefix, status=1)[0]
+    overwrite(bin_path(prefix), 4 * (tokens - 1), np.int32((tokens - 1) % 1000).tobytes())
+    assert ".bin is damaged: its checksum" in found(bin_path(prefix), 4 * place, b"\x01")
+    for place in (1, (1 << 18) - 1, 1 << 18, 599_998):
+        assert f": sequence {place} has -1 tokens" in found(idx_path(prefix), 34 + 4 * place, b"\xff" * 4)
+        pointer = 34 + 4 * sequences + 8 * place
+        assert f"byte {pointer}: sequence {place} starts at byte 5," in found(
+            idx_path(prefix), pointer, np.int64(5).tobytes()
+        )
+        document = 34 + 12 * sequences + 8 * place
+        assert f"byte {document + 8}: document {place + 1} starts at sequence {place + 1}" in found(
+            idx_path(prefix), document, np.int64(600_000).tobytes()
+        )
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (3, 0), (0, 5), (1000, 1), (7, 100_003)])
+def test_checksums_combine(sizes: tuple[int, int]) -> None:
+    first, second = (np.random.default_rng(0).bytes(size) for size in sizes)
+    assert combined_crc32(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
 
 
 @pytest.mark.parametrize(
