@@ -209,7 +209,7 @@ class DenoisingPlan:
 
     Attributes:
         denoisers: At least one.
-        windows: Counts of a full window of each.
+        windows: Counts of a full window of each; with segments, of the longest piece of a document.
         encoder_length: Columns of an encoder row (s_enc).
         decoder_length: Columns of a decoder row (s_dec).
         paired: Two windows a row, of the only denoiser, whose cuts complement each other.
@@ -249,6 +249,9 @@ class DenoisingPlan:
             windows, encoder, decoder = _paired(config, denoisers[0])
         else:
             windows = tuple(denoiser.window(config.encoder_seq_length) for denoiser in denoisers)
+            if config.packing == "segments":  # any denoiser may get any piece
+                longest = min(window.raw for window in windows)
+                windows = tuple(denoiser.lengths(longest) for denoiser in denoisers)
             encoder, decoder = (max(getattr(w, side) for w in windows) for side in ("inputs", "targets"))
         _check_sentinels(config, denoisers, windows, num_sentinels)
         if config.decoder_seq_length is not None and config.decoder_seq_length < decoder:
