@@ -22,6 +22,8 @@
 #include <string>
 #include <vector>
 
+#include "arrays.h"
+#include "mixture_tree.h"
 #include "randomness.h"
 
 namespace py = pybind11;
@@ -30,54 +32,14 @@ namespace {
 
 constexpr std::int32_t kIgnoredLabel = -100;  // what the loss leaves out
 
-using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
-using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
-using UInt64Array = py::array_t<std::uint64_t, py::array::c_style>;
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
+using megatron::Int32Array;
+using megatron::Int64Array;
+using megatron::MixtureTree;
+using megatron::require;
+using megatron::UInt64Array;
 
 // ---------------------------------------------------------------------------------------------------------
 // Mixture
-
-// A binary tree over the datasets. Each node deals its draws to two children so that after k of them the left one has
-// had k * fraction, rounded: no draw needs to know those before it.
-class MixtureTree {
- public:
-  MixtureTree(const UInt64Array& fractions, const Int32Array& children)
-      : fractions_(fractions.data(), fractions.data() + fractions.size()) {
-    const auto num_nodes = fractions.size();
-    require(fractions.ndim() == 1 && children.ndim() == 2 && children.shape(0) == num_nodes && children.shape(1) == 2,
-            "fractions must be [n] and children [n, 2]");
-    children_.assign(children.data(), children.data() + children.size());
-    for (py::ssize_t i = 0; i < children.size(); ++i) {
-      require(children_[i] < 0 || (children_[i] > i / 2 && children_[i] < num_nodes), "children must follow parents");
-    }
-  }
-
-  // Leaf of draw `position` >= 0, which becomes the number of draws that the leaf had before.
-  std::int32_t leaf(std::uint64_t& position) const {
-    if (fractions_.empty()) return 0;
-    std::int32_t node = 0;
-    do {
-      const std::uint64_t fraction = fractions_[node];
-      // position * fraction + 1/2 in units of 2^-64. The left child is next when adding the fraction carries.
-      const auto product = static_cast<Wide>(position) * fraction + kHalf;
-      const auto lefts = static_cast<std::uint64_t>(product >> 64);
-      const bool left = static_cast<std::uint64_t>(product) + fraction < fraction;
-      position = left ? lefts : position - lefts;
-      node = children_[2 * static_cast<std::size_t>(node) + (left ? 0 : 1)];
-    } while (node >= 0);
-    return ~node;
-  }
-
- private:
-  __extension__ using Wide = unsigned __int128;
-  static constexpr Wide kHalf = static_cast<Wide>(1) << 63;
-  std::vector<std::uint64_t> fractions_;
-  std::vector<std::int32_t> children_;
-};
 
 void require_not_negative(const Int64Array& values, const char* name) {
   require(values.ndim() == 1, std::string(name) + " must have one dimension");
