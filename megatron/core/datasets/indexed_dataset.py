@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron.core.datasets.file_mapping import map_file
+from megatron.core.datasets.file_mapping import map_file, release_pages
 from megatron.core.datasets.indexed_format import (
     DTYPES,
     FLOAT_CODES,
@@ -105,7 +105,7 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
         self._idx_path, self._bin_path = idx_path(prefix), bin_path(prefix)
-        index = self._map_file(self._idx_path)
+        index = self._index = self._map_file(self._idx_path)
         self.dtype, self.num_sequences, num_indices = self._parse_header(index)
         self.num_documents = num_indices - 1
         sequences = self.num_sequences
@@ -138,6 +138,14 @@ class IndexedDataset:
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
         return IndexedDataset, (self.prefix,)
+
+    @property
+    def recorded_crc32(self) -> int | None:
+        """CRC-32 of the `.bin` by the manifest; None when there is none."""
+        files = (self.manifest or {}).get("files")
+        content = files.get("bin") if isinstance(files, dict) else None
+        crc32 = content.get("crc32") if isinstance(content, dict) else None
+        return crc32 if isinstance(crc32, int) else None
 
     def document_start(self, document: int) -> int:
         """Offset of a document's first token in `tokens`; `num_documents` gives `num_tokens`.
@@ -177,6 +185,10 @@ class IndexedDataset:
         for document in {first, stop - 1}:
             assert starts[document - first] == self.document_start(document)
         return starts
+
+    def release_index(self) -> None:
+        """Let go of the memory of what was read of the index; it stays usable."""
+        release_pages(self._index)
 
     def _token_offset(self, sequence: int) -> int:
         """Offset of a sequence in tokens, checked against the `.bin` and the sequence before."""

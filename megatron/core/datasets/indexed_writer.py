@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron.core.datasets.checksums import combined_crc32
+from megatron.core.datasets.file_copies import copy_range
 from megatron.core.datasets.indexed_format import (
     DTYPES,
     HEADER,
@@ -48,6 +50,11 @@ class _ChecksummedFile:
         self._file.write(block)
         self.crc32 = zlib.crc32(block, self.crc32)
         self.bytes += memoryview(block).nbytes
+
+    def append(self, num_bytes: int, crc32: int) -> None:
+        """Count what came to the end of the file by another way."""
+        self.crc32 = combined_crc32(self.crc32, crc32, num_bytes)
+        self.bytes += num_bytes
 
     def describe(self) -> dict[str, int]:
         return {"bytes": self.bytes, "crc32": self.crc32}
@@ -144,19 +151,36 @@ class IndexedDatasetWriter:
     def add_dataset(self, dataset: IndexedDataset) -> None:
         """Append all documents of another dataset, streaming.
 
+        Where its manifest has the checksum of its ids, the file system copies them (or shares the blocks), and they
+        are not read: damage that the checksum finds there is found here too.
+
         Raises:
-            UserError: its dtype is not this writer's.
+            UserError: its dtype is not this writer's, or its index is damaged.
         """
         if dataset.dtype != self.dtype:
             raise UserError(
                 f"{dataset.prefix} holds {dataset.dtype.name} ids, expected {self.dtype.name}; only alike join"
             )
         first, token = self.num_sequences, 0
+        crc32 = dataset.recorded_crc32
         for start in range(0, dataset.num_sequences, _BLOCK):
             lengths = np.asarray(dataset.sequence_lengths[start : start + _BLOCK], dtype=np.int64)
             block = int(lengths.sum())
-            self._append(dataset.tokens[token : token + block], lengths)
+            if lengths.min() < 0 or token + block > dataset.num_tokens:
+                break
+            if crc32 is None:
+                self._bin_content.write(dataset.tokens[token : token + block].data)
+            self._append_lengths(lengths)
             token += block
+        if token != dataset.num_tokens:
+            raise UserError(
+                f"{idx_path(dataset.prefix)} is damaged: its sequences have not the {dataset.num_tokens} tokens of the "
+                ".bin; copy it again or preprocess the corpus again"
+            )
+        if crc32 is not None:
+            self._bin.flush()
+            copy_range(bin_path(dataset.prefix), self._partial_bin, self._bin_content.bytes)
+            self._bin_content.append(token * self.dtype.itemsize, crc32)
         for start in range(1, dataset.num_documents + 1, _BLOCK):
             self._end_documents(np.asarray(dataset.document_indices[start : start + _BLOCK]) + first)
 
@@ -244,8 +268,12 @@ class IndexedDatasetWriter:
             )
         assert int(lengths.sum()) == ids.size, "lengths must add up to the number of ids"
         self._bin_content.write(np.ascontiguousarray(ids).data)
+        self._append_lengths(lengths)
+
+    def _append_lengths(self, lengths: npt.NDArray[np.int64]) -> None:
+        """Count sequences whose ids are in the `.bin`."""
         self._lengths.write(lengths.astype("<i4").tobytes())
-        self.num_tokens += ids.size
+        self.num_tokens += int(lengths.sum())
         self.num_sequences += lengths.size
 
     def _end_documents(self, ends: npt.NDArray[np.int64]) -> None:

@@ -1,0 +1,257 @@
+"""Joins datasets of one tokenizer: into one dataset, or as the shards of one corpus without copying where possible."""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron.core.datasets.corpus import open_corpus, publish_sharded
+from megatron.core.datasets.file_copies import link_or_copy
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_format import (
+    bin_path,
+    encode_manifest,
+    idx_path,
+    is_dataset,
+    is_sharded,
+    manifest_path,
+    remove_dataset,
+    shard_prefix,
+)
+from megatron.core.datasets.indexed_writer import (
+    IndexedDatasetWriter,
+    open_locked,
+    publish_prepared,
+    remove_partials,
+)
+from megatron.core.datasets.waiting_signals import signals_wait
+from megatron.core.errors import UserError
+from megatron.core.file_utils import fsync_directory, partial_path, replace_directory, write_durably
+from megatron.core.tokenizers import load_tokenizer, require_replaceable
+
+
+def find_datasets(inputs: Sequence[str]) -> list[Path]:
+    """Prefixes that `--input` means: of a directory, those of all datasets in it, sorted by name.
+
+    Raises:
+        UserError: something is no dataset, or named twice.
+    """
+    prefixes: list[Path] = []
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            names = {file.stem for file in path.iterdir() if file.suffix in (".bin", ".idx")}
+            if not names:
+                raise UserError(f"--input {text}: no .idx in this directory; give one with datasets, or prefixes")
+            prefixes += [path / name for name in sorted(names)]
+        elif is_dataset(path):
+            prefixes.append(path)
+        else:
+            raise UserError(f"--input {text}: neither a directory nor a dataset: {idx_path(path)} does not exist")
+    counts = Counter(prefix.resolve() for prefix in prefixes)
+    for prefix in prefixes:
+        if counts[prefix.resolve()] > 1:
+            raise UserError(f"--input names {prefix} {counts[prefix.resolve()]} times; its documents would be repeated")
+    return prefixes
+
+
+def open_alike(prefixes: Sequence[Path]) -> list[IndexedDataset]:
+    """The datasets of these prefixes, all shards of sharded ones; of one dtype and one tokenizer.
+
+    Raises:
+        UserError: two differ, or one cannot be opened.
+    """
+    datasets = [shard for prefix in prefixes for shard in open_corpus(prefix).shards]
+    first = datasets[0]
+    for other in datasets[1:]:
+        if _tokenizer_of(other) != _tokenizer_of(first):
+            raise UserError(
+                f"{first.prefix} and {other.prefix} have different tokenizers ({_tokenizer_name(first)}, "
+                f"{_tokenizer_name(other)}); preprocess one of them again"
+            )
+        if other.dtype != first.dtype:
+            raise UserError(
+                f"{first.prefix} holds {first.dtype.name} ids, {other.prefix} {other.dtype.name}; preprocess one of "
+                "them again"
+            )
+    return datasets
+
+
+def _tokenizer_of(dataset: IndexedDataset) -> Any:
+    return (dataset.manifest or {}).get("tokenizer")
+
+
+def _tokenizer_name(dataset: IndexedDataset) -> str:
+    tokenizer = _tokenizer_of(dataset)
+    if not isinstance(tokenizer, dict):
+        return "not recorded"
+    return f"{tokenizer.get('type')} with fingerprint {str(tokenizer.get('fingerprint'))[:12]}"
+
+
+def merge(datasets: Sequence[IndexedDataset], output_prefix: str | Path, overwrite: bool = False) -> IndexedDataset:
+    """Write all documents, in this order, as one dataset; returns it.
+
+    Its files are those of preprocessing all texts at once. Entries of the manifests that contradict each other are
+    left out of the new one.
+
+    Args:
+        datasets: From `open_alike`.
+        output_prefix: Path without `.bin` and `.idx`.
+        overwrite: Replace a dataset that exists.
+
+    Raises:
+        UserError: the output exists, is an input, or a dataset is damaged.
+    """
+    prefix = Path(output_prefix)
+    _check_output(datasets, [prefix], overwrite)
+    with IndexedDatasetWriter(prefix, datasets[0].dtype, overwrite) as writer:
+        for dataset in datasets:
+            writer.add_dataset(dataset)
+        with _tokenizer_prepared(datasets[0], prefix) as entries:
+            writer.prepare(_joined_manifest(datasets, entries))
+            with signals_wait():
+                _remove_old(prefix)
+                _publish_tokenizer(prefix)
+                writer.publish()
+    return IndexedDataset(prefix)
+
+
+def merge_as_shards(
+    datasets: Sequence[IndexedDataset], output_prefix: str | Path, overwrite: bool = False
+) -> Counter[str]:
+    """Make datasets, in this order, the shards of one corpus; no ids are read or written where hard links work.
+
+    Args:
+        datasets: From `open_alike`, all with a manifest.
+        output_prefix: Prefix of the corpus.
+        overwrite: Replace a dataset that exists.
+
+    Returns:
+        How many files were "linked", "reflinked" or "copied".
+
+    Raises:
+        UserError: the output exists, is an input, or a dataset has no manifest.
+    """
+    prefix = Path(output_prefix)
+    shards = [shard_prefix(prefix, number) for number in range(len(datasets))]
+    _check_output(datasets, [prefix, *shards], overwrite)
+    for dataset in datasets:
+        if dataset.manifest is None:
+            raise UserError(f"{dataset.prefix} has no manifest, as shards have; leave out --as-shards")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    ways: Counter[str] = Counter()
+    with open_locked(partial_path(manifest_path(prefix))), _tokenizer_prepared(datasets[0], prefix) as entries:
+        try:
+            for dataset, shard in zip(datasets, shards, strict=True):
+                remove_partials(shard)
+                for path in (bin_path, idx_path):
+                    ways[link_or_copy(path(dataset.prefix), partial_path(path(shard)))] += 1
+                assert dataset.manifest is not None
+                content = encode_manifest(dataset.manifest | entries)
+                write_durably(partial_path(manifest_path(shard)), content)
+            with signals_wait():
+                _remove_old(prefix)
+                _publish_tokenizer(prefix)
+                for shard in shards:
+                    publish_prepared(shard)
+                publish_sharded(prefix, len(shards), _shared_entries(datasets) | entries)
+        finally:
+            for shard in shards:
+                remove_partials(shard)
+            partial_path(manifest_path(prefix)).unlink(missing_ok=True)
+    return ways
+
+
+def _check_output(datasets: Sequence[IndexedDataset], names: Sequence[Path], overwrite: bool) -> None:
+    """Refuse an output that exists, is an input, or would replace what is none of ours; `names` are its prefixes."""
+    prefix = names[0]
+    replaces_shards = len(names) > 1 or is_sharded(prefix)
+    for dataset in datasets:
+        if dataset.prefix.resolve() == prefix.resolve() or (replaces_shards and _is_shard(dataset.prefix, prefix)):
+            raise UserError(f"--input {dataset.prefix} would be replaced by the output; give another --output-prefix")
+    for name in names:
+        if is_dataset(name) and not overwrite:
+            raise UserError(f"{name} exists; give another --output-prefix, or --overwrite to replace it")
+    require_replaceable(_tokenizer_directory(prefix))
+
+
+def _is_shard(prefix: Path, corpus: Path) -> bool:
+    """Whether a prefix is that of a shard of this corpus, whatever its number."""
+    name, start = prefix.name, f"{corpus.name}-"
+    is_one = name.startswith(start) and name[len(start) :].isdigit()
+    return is_one and prefix.parent.resolve() == corpus.parent.resolve()
+
+
+def _remove_old(prefix: Path) -> None:
+    """Remove the older dataset of this prefix, before its tokenizer goes: no data stands beside one not its own."""
+    remove_dataset(prefix)
+    fsync_directory(prefix.parent)
+
+
+def _tokenizer_directory(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + "_tokenizer")
+
+
+@contextmanager
+def _tokenizer_prepared(dataset: IndexedDataset, prefix: Path) -> Iterator[dict[str, Any]]:
+    """Copy the tokenizer of a dataset to the temporary name of the output's; gives what manifests say of it.
+
+    Raises:
+        UserError: the copy beside the dataset is not the one that its manifest names.
+    """
+    recorded = _tokenizer_of(dataset)
+    if recorded is None:
+        yield {}
+        return
+    assert dataset.manifest is not None
+    name = dataset.manifest.get("tokenizer_directory")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise UserError(f"{manifest_path(dataset.prefix)}: tokenizer_directory is {name!r}, not a name beside it")
+    tokenizer = load_tokenizer(dataset.prefix.parent / name)
+    if tokenizer.describe() != recorded:
+        raise UserError(
+            f"{dataset.prefix.parent / name} is not the tokenizer that {manifest_path(dataset.prefix)} describes; "
+            "copy it again"
+        )
+    partial = partial_path(_tokenizer_directory(prefix))
+    try:
+        tokenizer.save(partial)
+        yield {
+            "tokenizer": recorded,
+            "tokenizer_directory": _tokenizer_directory(prefix).name,
+            "tokenizer_files": {
+                path.name: {"bytes": path.stat().st_size, "crc32": zlib.crc32(path.read_bytes())}
+                for path in sorted(partial.iterdir())
+            },
+        }
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there once it is published
+
+
+def _publish_tokenizer(prefix: Path) -> None:
+    directory = _tokenizer_directory(prefix)
+    if partial_path(directory).exists():
+        replace_directory(partial_path(directory), directory)
+
+
+def _shared_entries(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
+    """What the manifests say of how the texts were read, as far as they agree, and all their inputs."""
+    manifests = [dataset.manifest or {} for dataset in datasets]
+    entries = {
+        key: manifests[0][key]
+        for key in ("json_key", "append_eod")
+        if all(key in manifest and manifest[key] == manifests[0].get(key) for manifest in manifests)
+    }
+    inputs = [manifest.get("inputs") for manifest in manifests]
+    return entries | {"inputs": [source for sources in inputs if isinstance(sources, list) for source in sources]}
+
+
+def _joined_manifest(datasets: Sequence[IndexedDataset], tokenizer: dict[str, Any]) -> dict[str, Any] | None:
+    if all(dataset.manifest is None for dataset in datasets):
+        return None
+    return _shared_entries(datasets) | tokenizer
