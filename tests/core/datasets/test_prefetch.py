@@ -5,7 +5,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from megatron.core.datasets.prefetch import Prefetcher
 from megatron.core.datasets.sample_ranges import SampleRanges
 from megatron.core.datasets.t5_dataset import Batch
 from megatron.core.errors import UserError
+from megatron.training.watchdog import locate
 
 CPU = torch.device("cpu")
 
@@ -137,6 +140,45 @@ def test_close_ends_the_thread_wherever_it_is():
         assert threading.active_count() == threads
     with pytest.raises(AssertionError, match="closed"):
         batches.step_batch(2)
+
+
+def test_a_step_that_waits_for_data_is_in_no_collective():
+    """So that the watchdogs of other ranks name this one."""
+    release, places = threading.Event(), []
+
+    def look() -> None:
+        main = threading.main_thread().ident
+        settle(lambda: any(frame.f_code.co_name == "step_batch" for frame, _ in stack_of(main)))
+        time.sleep(0.02)
+        places.append(locate(stack_of(main)))
+        release.set()
+
+    batches = prefetcher(lambda ids: release.wait(10.0))
+    observer = threading.Thread(target=look)
+    observer.start()
+    assert ids_of(batches.step_batch(0)) == [0, 1]
+    observer.join()
+    batches.close()
+    assert places[0].collective is None
+    assert places[0].function.startswith("step_batch (megatron/core/datasets/prefetch.py:")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_a_gpu_are_pinned_and_arrive_whole():
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    batches = Prefetcher(T5Loader(Numbers(), 1, 2), device)
+    busy = torch.zeros(4096, 4096, device=device)
+    for first in range(0, 200, 2):
+        busy = busy @ busy  # copies wait for it, while the thread goes on
+        batch = batches.step_batch(first)
+        assert all(rows.is_pinned() for rows in batch.inputs().values())
+        assert ids_of(batch.to(device)) == [first, first + 1]
+    batches.close()
+
+
+def stack_of(thread: int | None) -> list[tuple[FrameType, int]]:
+    return list(traceback.walk_stack(sys._current_frames()[thread]))
 
 
 PROGRAM = """
