@@ -3,7 +3,6 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.core.datasets import helpers
-from megatron.core.datasets.t5_dataset import SpanLengths, span_corruption_lengths
-from megatron.core.errors import UserError
 
 MASK_64 = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -132,6 +129,8 @@ def corrupt(window: list[int], noise: int, spans: int, seed: int, sample_id: int
 # ------------------------------------------------------------------------------------------------------------
 # Calling the extension
 
+NO_NODES = (np.zeros(0, np.uint64), np.zeros((0, 2), np.int32))
+
 
 class Rows(NamedTuple):
     encoder: np.ndarray
@@ -139,26 +138,39 @@ class Rows(NamedTuple):
     labels: np.ndarray
 
 
-def arguments(
-    tokens: np.ndarray, ids: Any, raw: int, noise: int, spans: int, padding: tuple[int, int] = (0, 0)
-) -> dict[str, Any]:
+def span_denoiser(raw: int, noise: int, spans: int) -> helpers.Denoisers:
+    """The denoiser that masks so many of `raw` tokens."""
+    table = np.array([[noise / spans, noise / raw]])
+    return helpers.Denoisers(table, [np.zeros(0, np.int32)], SENTINELS, EOS, PAD, START, VOCAB)
+
+
+def layouts(begin: int, end: int, raw: int, seed: int) -> helpers.WindowLayouts:
+    ranges, keys = np.array([[begin, end]]), np.array([seed], np.uint64)
+    return helpers.WindowLayouts(ranges, keys, np.array([raw]), *NO_NODES)
+
+
+def window_starts(begin: int, end: int, raw: int, seed: int, ids: Any) -> np.ndarray:
+    """First token of each sample."""
+    ids = np.asarray(ids, np.int64)
+    return layouts(begin, end, raw, seed).examples(np.zeros(ids.size, np.int32), ids)[0][:, 2]
+
+
+def fill(
+    tokens: np.ndarray, ids: Any, raw: int, noise: int, spans: int,
+    *, seed: int = 0, begin: int = 0, end: int | None = None, padding: tuple[int, int] = (0, 0),
+) -> Rows:  # fmt: skip
     ids = np.asarray(ids, dtype=np.int64)
+    end = tokens.size if end is None else end
+    examples, keys = layouts(begin, end, raw, seed).examples(np.zeros(ids.size, np.int32), ids)
     decoder_shape = (ids.size, noise + spans + 1 + padding[1])
-    return {
-        "tokens": tokens, "begin": 0, "end": tokens.size, "sample_ids": ids,
-        "window_length": raw, "noise_tokens": noise, "num_spans": spans, "seed": 0,
-        "vocab_size": VOCAB, "pad_id": PAD, "eos_id": EOS, "decoder_start_id": START, "sentinel_ids": SENTINELS,
-        "encoder_input_ids": np.full((ids.size, raw - noise + spans + 1 + padding[0]), -7, np.int32),
-        "decoder_input_ids": np.full(decoder_shape, -7, np.int32),
-        "labels": np.full(decoder_shape, -7, np.int32),
-    }  # fmt: skip
-
-
-def fill(tokens: np.ndarray, ids: Any, raw: int, noise: int, spans: int, **options: Any) -> Rows:
-    padding = options.pop("padding", (0, 0))
-    call = arguments(tokens, ids, raw, noise, spans, padding) | options
-    helpers.fill_span_corruption(**call)
-    return Rows(call["encoder_input_ids"], call["decoder_input_ids"], call["labels"])
+    rows = Rows(
+        np.full((ids.size, raw - noise + spans + 1 + padding[0]), -7, np.int32),
+        np.full(decoder_shape, -7, np.int32),
+        np.full(decoder_shape, -7, np.int32),
+    )
+    sources = helpers.TokenSources([[tokens]], np.array([[begin, end]]), VOCAB)
+    helpers.fill_rows(sources, examples, keys, span_denoiser(raw, noise, spans), *rows)
+    return rows
 
 
 def random_tokens(count: int, dtype: Any = np.uint16) -> np.ndarray:
@@ -184,60 +196,6 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int, int]:
     noise = spans + draw(st.integers(0, 60))
     raw = noise + spans + draw(st.integers(0, 300))
     return raw + draw(st.integers(0, 5 * raw)), raw, noise, spans
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Lengths
-
-
-@pytest.mark.parametrize(
-    ("length", "density", "mean", "expected"),
-    [
-        (512, 0.15, 3, (568, 512, 114, 85, 28)),
-        (512, 0.15, 8, (588, 512, 100, 88, 11)),
-        (512, 0.5, 3, (766, 512, 512, 383, 128)),
-        (512, 0.5, 8, (908, 512, 512, 454, 57)),
-        (512, 0.15, 64, (600, 512, 92, 90, 1)),
-        (512, 0.5, 64, (1006, 512, 512, 503, 8)),
-        (256, 0.15, 3, (284, 256, 58, 43, 14)),
-        (128, 0.15, 3, (141, 128, 29, 21, 7)),
-        (1024, 0.15, 3, (1137, 1024, 229, 171, 57)),
-        (2048, 0.15, 3, (2274, 2048, 456, 341, 114)),
-    ],
-)
-def test_published_lengths(length: int, density: float, mean: float, expected: tuple[int, ...]) -> None:
-    assert span_corruption_lengths(length, density, mean) == SpanLengths(*expected)
-
-
-@quick
-@given(st.integers(3, 400), st.floats(0.02, 0.7), st.floats(1.0, 40.0))
-def test_lengths_are_the_largest_that_fit(length: int, density: float, mean: float) -> None:
-    def definition(raw: int) -> tuple[int, ...]:
-        noise = min(max(round(raw * density), 1), raw - 1)
-        spans = max(round(noise / mean), 1)
-        return raw, raw - noise + spans + 1, noise + spans + 1, noise, spans
-
-    windows = [definition(raw) for raw in range(2, 40 * length)]
-    expected = [window for window in windows if window[1] <= length][-1]
-    if density == 0.5 and expected[2] > expected[1]:
-        expected = definition(expected[0] - 1)
-    if expected[4] > expected[0] - expected[3]:
-        with pytest.raises(UserError, match="spans between"):
-            span_corruption_lengths(length, density, mean)
-    else:
-        assert span_corruption_lengths(length, density, mean) == expected
-
-
-def test_lengths_of_extreme_settings() -> None:
-    assert span_corruption_lengths(3, 0.15, 3) == (2, 3, 3, 1, 1)
-    huge = span_corruption_lengths(10**9, 0.15, 3)
-    assert huge.inputs == 10**9
-    with pytest.raises(UserError, match=r"--encoder-seq-length is 2; .* at least 3"):
-        span_corruption_lengths(2, 0.15, 3)
-    with pytest.raises(UserError, match=r"--mean-noise-span-length is 0.5"):
-        span_corruption_lengths(512, 0.15, 0.5)
-    with pytest.raises(UserError, match=r"--noise-density 0.9 .* spans between"):
-        span_corruption_lengths(512, 0.9, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -274,7 +232,7 @@ def test_inverts_to_the_raw_window(shape: tuple[int, int, int, int], seed: int) 
     tokens = random_tokens(num_tokens)
     ids = np.arange(3)
     rows = fill(tokens, ids, raw, noise, spans, seed=seed)
-    starts = helpers.window_starts(0, num_tokens, raw, seed, ids)
+    starts = window_starts(0, num_tokens, raw, seed, ids)
     for inputs, targets, start in zip(rows.encoder, rows.labels, starts, strict=True):
         assert restore(inputs, targets) == np.roll(tokens, -start)[:raw].tolist()
         assert inputs[0] <= LAST_TOKEN  # the first token is never noise
@@ -351,7 +309,7 @@ def test_no_token_twice_an_epoch(num_windows: int, raw: int, seed: int, epoch: i
     num_tokens = num_windows * raw + left_over % raw
     ids = np.arange(epoch * num_windows, (epoch + 1) * num_windows)
     begin = 1000
-    starts = helpers.window_starts(begin, begin + num_tokens, raw, seed, ids) - begin
+    starts = window_starts(begin, begin + num_tokens, raw, seed, ids) - begin
     assert ((starts >= 0) & (starts < num_tokens)).all()
     used = np.bincount(((starts[:, None] + np.arange(raw)) % num_tokens).ravel(), minlength=num_tokens)
     assert used.max() == 1
@@ -362,7 +320,7 @@ def test_no_token_twice_an_epoch(num_windows: int, raw: int, seed: int, epoch: i
 @given(st.integers(1, 2**62), st.integers(1, 2**20), st.integers(0, MASK_64), st.integers(0, 2**63 - 1))
 def test_windows_equal_the_definition_at_any_size(num_tokens: int, raw: int, seed: int, sample_id: int) -> None:
     raw = min(raw, num_tokens)
-    (start,) = helpers.window_starts(0, num_tokens, raw, seed, np.array([sample_id]))
+    (start,) = window_starts(0, num_tokens, raw, seed, np.array([sample_id]))
     assert start == window_start(num_tokens, raw, seed, sample_id)
 
 
@@ -372,7 +330,7 @@ def test_few_windows_come_in_every_order() -> None:
     ids = np.arange(5)
     orders: Counter[tuple[int, ...]] = Counter()
     for seed in range(count):
-        starts = helpers.window_starts(0, 5, 1, seed, ids)
+        starts = window_starts(0, 5, 1, seed, ids)
         orders[tuple((starts - epoch_order(5, 1, seed, 0)[0]) % 5)] += 1
     assert len(orders) == 120
     frequencies = np.array(list(orders.values())) / (count / 120)
@@ -381,7 +339,7 @@ def test_few_windows_come_in_every_order() -> None:
 
 def test_neighbours_in_the_order_are_independent() -> None:
     """20,000 windows: positions of consecutive samples are uncorrelated, and uniform over the corpus."""
-    starts = helpers.window_starts(0, 20_000, 1, 3, np.arange(20_000)) / 20_000
+    starts = window_starts(0, 20_000, 1, 3, np.arange(20_000)) / 20_000
     assert abs(np.corrcoef(starts[:-1], starts[1:])[0, 1]) < 0.03
     cells = np.histogram2d(starts[::2], starts[1::2], bins=10, range=[[0, 1], [0, 1]])[0].ravel()
     assert chi_square_excess(cells, np.full(100, 100.0)) < 4
@@ -389,10 +347,10 @@ def test_neighbours_in_the_order_are_independent() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     ids = np.arange(1000)
-    first = helpers.window_starts(0, 100_000, 100, 7, ids)
+    first = window_starts(0, 100_000, 100, 7, ids)
     for other in (
-        helpers.window_starts(0, 100_000, 100, 7, ids + 1000),
-        helpers.window_starts(0, 100_000, 100, 8, ids),
+        window_starts(0, 100_000, 100, 7, ids + 1000),
+        window_starts(0, 100_000, 100, 8, ids),
     ):
         assert np.count_nonzero(first == other) < 20
         assert len(np.unique((other - first) % 100_000)) > 500  # another order, not only another offset
@@ -413,7 +371,7 @@ def test_a_corpus_of_a_trillion_tokens(tmp_path: Path) -> None:
     tokens = np.memmap(path, np.uint16, "r")
     offset, order = epoch_order(num_tokens, raw, 0, 0)
     seam = order.inverse((num_tokens - 1 - offset) // raw)  # the sample that reads the last token
-    (start,) = helpers.window_starts(0, num_tokens, raw, 0, np.array([seam]))
+    (start,) = window_starts(0, num_tokens, raw, 0, np.array([seam]))
     expected = [*range(200, 800), *range(2, 602)][int(start) - (num_tokens - 600) :][:raw]
     began = time.perf_counter()
     rows = fill(tokens, [seam], raw, 85, 28)
@@ -450,77 +408,3 @@ def test_padding_rows() -> None:
     assert (rows.decoder[1] == PAD).all()
     assert (rows.labels[1] == -100).all()
     assert (rows.labels[[0, 2]] >= 0).all()
-
-
-def misaligned(dtype: Any, count: int) -> np.ndarray:
-    return np.zeros(np.dtype(dtype).itemsize * count + 1, np.uint8)[1:].view(dtype)
-
-
-BAD: dict[str, list[Callable[[], Any]]] = {
-    "tokens": [
-        lambda: random_tokens(99), lambda: np.zeros((20, 20), np.uint16), lambda: np.zeros(800, np.uint16)[::2],
-        lambda: np.zeros(400, np.float32), lambda: np.zeros(400, ">u2"), lambda: np.zeros(400, np.uint64),
-        lambda: misaligned(np.int32, 400), lambda: [1] * 400, lambda: None, lambda: np.zeros(400, object),
-    ],
-    "begin": [lambda: -1, lambda: 400, lambda: 301, lambda: -(2**63), lambda: 2**63 - 1, lambda: 2**70, lambda: 1.5],
-    "end": [lambda: 0, lambda: 99, lambda: 401, lambda: -(2**63), lambda: 2**63 - 1, lambda: None],
-    "sample_ids": [
-        lambda: np.array([-2, 0]), lambda: np.zeros((1, 2), np.int64), lambda: np.zeros(2, np.int32),
-        lambda: np.zeros(3, np.int64), lambda: np.zeros(4, np.int64)[::2], lambda: [0, 1],
-        lambda: misaligned(np.int64, 2), lambda: np.array([0, -(2**63)]),
-    ],
-    "window_length": [lambda: 0, lambda: -1, lambda: 401, lambda: 101, lambda: 2**63 - 1, lambda: -(2**63)],
-    "noise_tokens": [lambda: 0, lambda: -5, lambda: 4, lambda: 96, lambda: 16, lambda: 2**63 - 1, lambda: -(2**63)],
-    "num_spans": [lambda: 0, lambda: -1, lambda: 16, lambda: 6, lambda: 2**63 - 1, lambda: -(2**63)],
-    "seed": [lambda: -1, lambda: 2**64, lambda: "0", lambda: None],
-    "vocab_size": [lambda: 0, lambda: -1, lambda: 2**31, lambda: 2**63 - 1, lambda: 999],
-    "pad_id": [lambda: -1, lambda: 1000, lambda: 2**62],
-    "eos_id": [lambda: -1, lambda: 1000, lambda: -(2**62)],
-    "decoder_start_id": [lambda: -1, lambda: 1000],
-    "sentinel_ids": [
-        lambda: SENTINELS[:4], lambda: SENTINELS.astype(np.int64), lambda: SENTINELS[::2], lambda: SENTINELS - 999,
-        lambda: SENTINELS + 1, lambda: SENTINELS.reshape(10, 10), lambda: misaligned(np.int32, 9),
-    ],
-    "encoder_input_ids": [
-        lambda: np.zeros((2, 90), np.int32), lambda: np.zeros((1, 91), np.int32), lambda: np.zeros((3, 91), np.int32),
-        lambda: np.zeros((2, 91), np.int64), lambda: np.zeros((2, 91), np.int32).T, lambda: np.zeros(182, np.int32),
-        lambda: np.zeros((2, 200), np.int32)[:, :91], lambda: misaligned(np.int32, 182).reshape(2, 91), lambda: None,
-        lambda: np.broadcast_to(np.int32(0), (2, 91)), lambda: np.frombuffer(bytes(728), np.int32).reshape(2, 91),
-    ],
-    "decoder_input_ids": [lambda: np.zeros((2, 20), np.int32), lambda: np.zeros((2, 22), np.int32)],
-    "labels": [lambda: np.zeros((2, 20), np.int32), lambda: np.zeros((2, 22), np.int32), lambda: np.zeros(0, np.int32)],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "index"), [(name, i) for name, values in BAD.items() for i in range(len(values))])
-def test_each_bad_argument_raises(name: str, index: int) -> None:
-    call = arguments(random_tokens(400), [0, 1], 100, 15, 5)
-    helpers.fill_span_corruption(**call)
-    with pytest.raises((ValueError, TypeError)):
-        helpers.fill_span_corruption(**call | {name: BAD[name][index]()})
-
-
-GARBAGE = st.one_of(
-    st.integers(-(2**64), 2**65), st.integers(-3, 600), st.none(), st.floats(), st.text(max_size=3),
-    st.sampled_from([make for makes in BAD.values() for make in makes]).map(lambda make: make()),
-)  # fmt: skip
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.dictionaries(st.sampled_from(sorted(BAD)), GARBAGE, min_size=1, max_size=6))
-def test_garbage_raises_or_stays_inside_the_arrays(garbage: dict[str, Any]) -> None:
-    call = arguments(random_tokens(400), [0, 1], 100, 15, 5)
-    guarded = {}
-    for name in ("encoder_input_ids", "decoder_input_ids", "labels"):
-        guarded[name] = np.full((4, call[name].shape[1]), -7, np.int32)
-        call[name] = guarded[name][1:3]
-    try:
-        helpers.fill_span_corruption(**call | garbage)
-    except (ValueError, TypeError):
-        pass
-    else:
-        for name, value in garbage.items():  # what passed must have been a legal value
-            assert not (isinstance(value, str) or value is None), name
-    for array in guarded.values():
-        assert (array[0] == -7).all()
-        assert (array[3] == -7).all()

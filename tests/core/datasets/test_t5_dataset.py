@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.core.config import DataConfig
+from megatron.core.datasets.corpus import split_corpus
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron.core.datasets.loader import T5Loader, TensorBatch
 from megatron.core.datasets.t5_dataset import (
     Batch,
-    SpanCorruptionDataset,
+    DenoisingDataset,
     SpecialTokens,
     build_datasets,
-    split_token_ranges,
 )
 from megatron.core.errors import UserError
+from tests.denoising import denoised, in_memory, plan_for
 
 SENTINELS = tuple(range(10_099, 9_999, -1))
 SPECIAL = SpecialTokens(vocab_size=10_100, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=SENTINELS)
@@ -40,11 +42,8 @@ def distinct_tokens(count: int = NUM_TOKENS) -> np.ndarray:
     return np.arange(2, count + 2, dtype=np.uint16)
 
 
-def dataset(
-    tokens: np.ndarray | None = None, seed: int = 0, name: str = "train", **values: Any
-) -> SpanCorruptionDataset:
-    tokens = distinct_tokens() if tokens is None else tokens
-    return SpanCorruptionDataset(tokens, (0, tokens.size), SPECIAL, config(**values), seed, name, source="corpus")
+def dataset(tokens: np.ndarray | None = None, seed: int = 0, name: str = "train", **values: Any) -> DenoisingDataset:
+    return denoised(distinct_tokens() if tokens is None else tokens, SPECIAL, config(**values), seed, name)
 
 
 def write(prefix: Path, documents: Iterable[np.ndarray]) -> IndexedDataset:
@@ -68,7 +67,7 @@ def text_of(batch: Batch | TensorBatch) -> np.ndarray:
 def test_shapes_and_no_padding() -> None:
     samples = dataset(encoder_seq_length=512)
     batch = samples.batch(np.arange(5))
-    assert samples.lengths == (568, 512, 114, 85, 28)
+    assert samples.plan.windows[0] == (568, 512, 114, 85, 28)
     assert batch.encoder_input_ids.shape == (5, 512)
     assert batch.decoder_input_ids.shape == batch.labels.shape == (5, 114)
     assert {array.dtype for array in batch[:3]} == {np.dtype(np.int32)}
@@ -80,18 +79,18 @@ def test_shapes_and_no_padding() -> None:
 
 def test_every_token_once_an_epoch_over_all_batches() -> None:
     samples = dataset()
-    assert samples.windows_per_epoch == NUM_TOKENS // samples.lengths.raw
+    assert samples.windows_per_epoch == NUM_TOKENS // samples.plan.windows[0].raw
     for epoch in range(2):
         first = epoch * samples.windows_per_epoch
         used = text_of(samples.batch(np.arange(first, first + samples.windows_per_epoch)))
-        assert len(np.unique(used)) == len(used) == samples.windows_per_epoch * samples.lengths.raw
-        assert NUM_TOKENS - len(used) < samples.lengths.raw
+        assert len(np.unique(used)) == len(used) == samples.windows_per_epoch * samples.plan.windows[0].raw
+        assert NUM_TOKENS - len(used) < samples.plan.windows[0].raw
 
 
 @pytest.mark.parametrize("extra", [0, 1, 33, 34, 35])
 def test_ledger_of_small_corpora(extra: int) -> None:
     """One window exactly (T == R), one token more, and so on to two windows and one token."""
-    raw = dataset().lengths.raw
+    raw = dataset().plan.windows[0].raw
     assert raw == 34
     tokens = distinct_tokens(raw + extra)
     samples = dataset(tokens)
@@ -105,9 +104,8 @@ def test_window_is_what_the_sample_holds() -> None:
     tokens = distinct_tokens(100)
     samples = dataset(tokens)
     for sample_id in range(20):
-        window = samples.window(sample_id)
-        assert window.dtype == np.uint16
-        assert (np.diff(window.astype(int)) % 100 == 1).all()  # consecutive in the ring
+        (window,) = samples.tokens_of(sample_id)
+        assert (np.diff(window) % 100 == 1).all()  # consecutive in the ring
         assert sorted(window) == sorted(text_of(samples.batch(np.array([sample_id]))))
 
 
@@ -139,9 +137,8 @@ def test_seeds_names_and_epochs_differ() -> None:
 
 def test_padding_to_a_multiple() -> None:
     """512 / 114 with rows of a multiple of 64: only the decoder is padded, to 128."""
-    samples = SpanCorruptionDataset(
-        distinct_tokens(), (0, NUM_TOKENS), SPECIAL, config(encoder_seq_length=512), 0, "train", pad_to_multiple_of=64
-    )
+    plan = plan_for(config(encoder_seq_length=512), SPECIAL, pad_to_multiple_of=64)
+    samples = DenoisingDataset([in_memory(distinct_tokens())], plan, SPECIAL, 0, "train")
     plain = dataset(encoder_seq_length=512).batch(np.arange(4))
     batch = samples.batch(np.arange(4))
     assert (samples.encoder_length, samples.decoder_length) == (512, 128)
@@ -156,7 +153,7 @@ def test_an_unreachable_length_is_not_padded() -> None:
     """Half noise in spans of one token: 32 encoder tokens cannot be reached, so that rows have 31."""
     samples = dataset(encoder_seq_length=32, noise_density=0.5, mean_noise_span_length=1.0)
     batch = samples.batch(np.arange(3))
-    assert batch.encoder_input_ids.shape == (3, samples.lengths.inputs) == (3, 31)
+    assert batch.encoder_input_ids.shape == (3, samples.plan.windows[0].inputs) == (3, 31)
     assert (batch.encoder_input_ids[:, -1] == SPECIAL.eos_id).all()
     assert samples.fill_rate == 1.0
 
@@ -165,7 +162,7 @@ def test_an_unreachable_length_is_not_padded() -> None:
 # Ranks and processes
 
 
-def steps(samples: SpanCorruptionDataset, micro: int, num: int, dp: int, num_steps: int = 3) -> np.ndarray:
+def steps(samples: DenoisingDataset, micro: int, num: int, dp: int, num_steps: int = 3) -> np.ndarray:
     """Encoder rows of all ranks in the order of the samples."""
     rows = []
     for step in range(num_steps):
@@ -221,24 +218,16 @@ def test_two_processes_give_the_samples_of_one() -> None:
 # Splits
 
 
-def test_split_by_documents(tmp_path: Path) -> None:
-    """10 documents of 1, 2, ... 10 tokens at 6 : 3 : 1."""
-    lengths = np.arange(1, 11)
-    indexed = write(tmp_path / "corpus", (np.full(n, n, np.uint16) for n in lengths))
-    assert split_token_ranges(indexed, (0.6, 0.3, 0.1)) == {"train": (0, 21), "valid": (21, 45), "test": (45, 55)}
-    assert split_token_ranges(indexed, (1.0, 0.0, 0.0)) == {"train": (0, 55), "valid": (55, 55), "test": (55, 55)}
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 5000), st.tuples(*[st.floats(0, 1)] * 3).filter(lambda w: sum(w) > 0.01))
 def test_split_is_megatrons(num_documents: int, weights: tuple[float, float, float]) -> None:
     """Bounds are int(round(share up to here x documents)), and the ranges follow one another."""
     first, second, third = (weight / sum(weights) for weight in weights)
-    indexed: Any = SimpleNamespace(num_documents=num_documents, document_start=lambda document: 7 * document)
-    ranges = split_token_ranges(indexed, (first, second, third))
+    corpus: Any = SimpleNamespace(num_documents=num_documents, document_start=lambda document: 7 * document)
+    parts = list(split_corpus(corpus, (first, second, third), "").values())
     bounds = [0, round(first * num_documents), round((first + second) * num_documents), num_documents]
-    assert [begin // 7 for begin, _ in ranges.values()] == bounds[:-1]
-    assert [end // 7 for _, end in ranges.values()] == bounds[1:]
+    assert [part.documents for part in parts] == list(pairwise(bounds))
+    assert [part.tokens for part in parts] == [(7 * begin, 7 * end) for begin, end in pairwise(bounds)]
 
 
 def test_splits_share_no_token(tmp_path: Path) -> None:
@@ -285,11 +274,11 @@ def test_splits_not_asked_for_do_not_warn(tmp_path: Path) -> None:
         ({"encoder_seq_length": 2}, r"--encoder-seq-length is 2"),
         (
             {"encoder_seq_length": 512, "decoder_seq_length": 113},
-            r"--decoder-seq-length is 113, but --encoder-seq-length 512 .* needs 114",
+            r"--decoder-seq-length is 113, but --objective span-corruption .* 512 needs 114",
         ),
         (
             {"encoder_seq_length": 2048},
-            r"--encoder-seq-length 2048 with --noise-density 0.15 .* makes 114 spans a sample, but .* 100 sent",
+            r"span-3-0.15 makes 114 spans a sample of --encoder-seq-length 2048, but .* 100 sent",
         ),
         ({"encoder_seq_length": 9000}, r"sentinels"),
         (
