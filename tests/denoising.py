@@ -1,5 +1,6 @@
 """Denoised samples of tokens in memory."""
 
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,9 +23,14 @@ def mode_ids(mode: str) -> tuple[int, ...]:
     return 2 + sum(map(ord, mode)) % 8, 10
 
 
-def plan_for(config: DataConfig, special: SpecialTokens, pad_to_multiple_of: int = 1) -> DenoisingPlan:
+def plan_for(
+    config: DataConfig,
+    special: SpecialTokens,
+    pad_to_multiple_of: int = 1,
+    tokenize: Callable[[str], Sequence[int]] = mode_ids,
+) -> DenoisingPlan:
     """The plan of an objective whose modes have the ids above."""
-    return DenoisingPlan.build(config, len(special.sentinel_ids), mode_ids, pad_to_multiple_of)
+    return DenoisingPlan.build(config, len(special.sentinel_ids), tokenize, pad_to_multiple_of)
 
 
 def denoised(
