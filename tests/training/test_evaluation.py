@@ -1,4 +1,8 @@
-"""Validation losses: which tokens they count."""
+"""Validation losses: which tokens they count, and for which denoiser."""
+
+from collections import defaultdict
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,13 +10,18 @@ import torch
 from torch import Tensor
 
 from megatron.core.config import DataConfig
+from megatron.core.datasets.corpus import open_corpus, split_corpus
+from megatron.core.datasets.denoising import DenoisingPlan
+from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter
 from megatron.core.datasets.loader import T5Loader, TensorBatch
-from megatron.core.datasets.t5_dataset import SpanCorruptionDataset, SpecialTokens
+from megatron.core.datasets.t5_dataset import DenoisingDataset, SpecialTokens
 from megatron.core.parallel_state import ParallelContext
-from megatron.training.evaluation import evaluate, special_token_mask
+from megatron.training.evaluation import EvaluationResult, evaluate, kinds_of_targets, special_token_mask
 
 SPECIAL = SpecialTokens(vocab_size=120, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=tuple(range(119, 99, -1)))
 PADDED_VOCAB = 128
+MODES = {"R": 2, "X": 3, "S": 4}
+FIRST_TOKEN = 5  # of the text
 
 
 class LossIsTheLabel:
@@ -32,19 +41,64 @@ class LossIsTheLabel:
         return batch.labels.clamp(min=0).float()
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("num_samples", [1, 7, 8, 9])
-def test_noise_loss_leaves_sentinels_and_end_out(num_samples: int, microbatches: int) -> None:
-    tokens = np.random.default_rng(0).integers(2, 100, 3_000).astype(np.uint16)
-    dataset = SpanCorruptionDataset(tokens, (0, tokens.size), SPECIAL, DataConfig(encoder_seq_length=64), seed=1)
+def dataset_of(folder: Path, config: DataConfig) -> DenoisingDataset:
+    with IndexedDatasetWriter(folder / "corpus", np.uint16) as writer:
+        writer.add_document(np.random.default_rng(0).integers(FIRST_TOKEN, 100, 3_000).astype(np.uint16))
+        writer.finalize()
+    part = split_corpus(open_corpus(folder / "corpus"), (1.0, 0.0, 0.0), "corpus")["train"]
+    plan = DenoisingPlan.build(config, len(SPECIAL.sentinel_ids), lambda mode: (MODES[mode],))
+    return DenoisingDataset([part], plan, SPECIAL, seed=1)
+
+
+def evaluated(dataset: DenoisingDataset, num_samples: int, microbatches: int) -> EvaluationResult:
     loader = T5Loader(dataset, micro_batch_size=4, num_microbatches=2)
     is_special = special_token_mask(SPECIAL, PADDED_VOCAB, torch.device("cpu"))
     model = LossIsTheLabel(microbatches)
-    result = evaluate(model, loader, num_samples, is_special, ParallelContext(device=torch.device("cpu")))
-    assert model.modes == [False, True]
+    result = evaluate(model, loader, num_samples, is_special, ParallelContext(torch.device("cpu")))  # type: ignore[arg-type]
+    assert model.modes == [False, True] and result is not None
+    return result
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("num_samples", [1, 7, 8, 9])
+def test_noise_loss_leaves_sentinels_and_end_out(num_samples: int, microbatches: int, tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, DataConfig(encoder_seq_length=64))
+    result = evaluated(dataset, num_samples, microbatches)
     labels = dataset.batch(np.arange(num_samples)).labels
     noise = labels[(labels >= 2) & (labels < 100)]
-    assert result.num_targets == labels.size == num_samples * dataset.lengths.targets
-    assert result.num_noise_tokens == noise.size == num_samples * dataset.lengths.noise_tokens
+    (window,) = dataset.plan.windows
+    assert result.num_targets == labels.size == num_samples * window.targets
+    assert result.num_noise_tokens == noise.size == num_samples * window.noise_tokens
     assert result.lm_loss == pytest.approx(labels.mean())
     assert result.noise_lm_loss == pytest.approx(noise.mean())
+    assert result.lm_loss_by_kind == {"span-3-0.15": result.lm_loss}
+
+
+@pytest.mark.parametrize("num_samples", [2, 13, 30])
+def test_losses_of_each_denoiser(num_samples: int, tmp_path: Path) -> None:
+    denoisers = ["R:3:0.15:2", "X:8:0.5", "S:prefix:0.25"]
+    dataset = dataset_of(tmp_path, DataConfig(objective="ul2", denoisers=denoisers, encoder_seq_length=64))
+    labels_by_mode: dict[int, list[int]] = defaultdict(list)
+    for sample in range(num_samples):
+        row = dataset.batch(np.array([sample]))
+        labels_by_mode[int(row.encoder_input_ids[0, 0])] += row.labels[row.labels >= 0].tolist()
+    names = dict(zip(MODES.values(), dataset.kinds, strict=True))
+    for microbatches in (1, 2):
+        result = evaluated(dataset, num_samples, microbatches)
+        assert result.num_targets == sum(map(len, labels_by_mode.values()))
+        assert result.lm_loss_by_kind.keys() == {names[mode] for mode in labels_by_mode}
+        for mode, labels in labels_by_mode.items():
+            assert result.lm_loss_by_kind[names[mode]] == pytest.approx(np.mean(labels))
+        assert result.lm_loss == pytest.approx(np.mean([*chain(*labels_by_mode.values())]))
+
+
+def test_kinds_of_targets_in_segments() -> None:
+    labels = torch.tensor([[5, 6, 7, -100], [8, -100, -100, -100], [-100] * 4])
+    segments = torch.tensor([[1, 1, 2, 0], [1, 0, 0, 0], [0] * 4], dtype=torch.int32)
+    batch = TensorBatch(labels, labels, labels, segments, segments)
+    kinds = kinds_of_targets(torch.tensor([[3, 0], [1, -1], [-1, -1]], dtype=torch.int32), batch)
+    assert kinds.tolist() == [[3, 3, 0, -1], [1, -1, -1, -1], [-1] * 4]
+    only_padding = kinds_of_targets(
+        torch.zeros(3, 0, dtype=torch.int32), batch._replace(decoder_segment_ids=segments * 0)
+    )
+    assert only_padding.tolist() == [[-1] * 4] * 3

@@ -16,6 +16,8 @@ NEWER = {
     "data": {
         "valid_data_path", "test_data_path", "task_config", "inputs_key", "targets_key", "task_prefix", "packing",
         "mixture_max_examples", "mixture_temperature", "packing_window", "truncate_targets", "data_cache_path",
+        "data_config", "train_data_path", "denoisers", "text_key", "mixture_max_epochs", "mixture_budget_tokens",
+        "shuffle_block_windows",
     },
     "training": {"eval_metrics", "eval_examples", "eval_num_beams"},
     "checkpoint": {"keep_best", "save_hf", "save_hf_dtype"},

@@ -427,7 +427,7 @@ def test_damaged_datasets_are_refused(byte_dataset: Path, tmp_path: Path, damage
         (["--data-path", "DATA", "--global-batch-size", "12"], "--global-batch-size 12 is not a multiple"),
         (
             ["--data-path", "DATA", "--encoder-seq-length", "200000", "--vocab-extra-ids", "100"],
-            "--vocab-extra-ids is 100",
+            "the tokenizer has 100 sentinels",
         ),
         (["--data-path", "DATA", "--seq-length", "400000", "--mean-noise-span-length", "4000"], "one sample takes"),
         (["--data-path", "DATA", "--seq-length", "2048", "--mean-noise-span-length", "1.1"], "sentinels"),
