@@ -122,6 +122,11 @@ class Corpus:
             shard += 1
         return starts
 
+    def release_index(self) -> None:
+        """Let go of the memory of what was read of the index, after reading much of it; it stays usable."""
+        for shard in self.shards:
+            shard.release_index()
+
     def tokens_at(self, positions: NDArray[np.int64]) -> NDArray[Any]:
         """The tokens at these offsets, each below `num_tokens`, in the shape of `positions`."""
         positions = np.asarray(positions, np.int64)

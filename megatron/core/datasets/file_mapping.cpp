@@ -12,11 +12,14 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 namespace py = pybind11;
 
 namespace {
+
+constexpr const char* kOwner = "megatron.file_mapping";
 
 struct Mapping {
   void* address;
@@ -51,10 +54,22 @@ py::array_t<std::uint8_t> map_file(const std::string& path) {
   }
   if (error != 0) throw_os_error(error, path);
   if (size == 0) return py::array_t<std::uint8_t>(0);
-  py::capsule owner(new Mapping{address, size}, [](void* mapping) { delete static_cast<Mapping*>(mapping); });
+  py::capsule owner(new Mapping{address, size}, kOwner, [](void* mapping) { delete static_cast<Mapping*>(mapping); });
   py::array_t<std::uint8_t> bytes(static_cast<py::ssize_t>(size), static_cast<std::uint8_t*>(address), owner);
   bytes.attr("setflags")(py::arg("write") = false);
   return bytes;
+}
+
+// Pages that were read count as memory of the process until they are let go; they stay in the page cache.
+void release_pages(const py::array& bytes) {
+  const py::object owner = bytes.base();
+  if (!owner || PyCapsule_IsValid(owner.ptr(), kOwner) == 0) {
+    if (bytes.size() == 0) return;
+    throw std::invalid_argument("the array is none that map_file returned");
+  }
+  const auto* mapping = static_cast<const Mapping*>(PyCapsule_GetPointer(owner.ptr(), kOwner));
+  py::gil_scoped_release release;
+  ::madvise(mapping->address, mapping->size, MADV_DONTNEED);  // a file's: read again when it is used
 }
 
 }  // namespace
@@ -62,4 +77,5 @@ py::array_t<std::uint8_t> map_file(const std::string& path) {
 PYBIND11_MODULE(file_mapping, module) {
   module.doc() = "Read-only memory maps that keep no file descriptor.";
   module.def("map_file", &map_file, py::arg("path"), "The bytes of a file, read-only. Raises OSError.");
+  module.def("release_pages", &release_pages, py::arg("bytes"), "Lets the memory of a map go, which stays usable.");
 }

@@ -9,3 +9,13 @@ def map_file(path: str) -> NDArray[np.uint8]:
     Raises:
         OSError: it cannot be opened or mapped.
     """
+
+def release_pages(bytes: NDArray[np.uint8]) -> None:
+    """Let go of the memory of what was read of a map; it stays usable, and in the page cache.
+
+    Args:
+        bytes: What `map_file` returned, itself.
+
+    Raises:
+        ValueError: it is another array.
+    """

@@ -1,9 +1,9 @@
 """Denoised documents, packed into rows whose segments the model keeps apart.
 
-A document is an example; a longer one than fits a row is cut into pieces, each an example. The documents of a split are
-cut into blocks of neighbours, the examples of a block packed first-fit, by their inputs and their targets. How many rows
-a block has follows from the lengths alone, so it is counted once, when the data is opened: one number a block. An epoch
-then needs no more than two keyed permutations:
+A document is an example; a longer one than fits a row is cut into pieces, each an example. The documents of a split
+are cut into blocks of neighbours, the examples of a block packed first-fit, by their inputs and their targets. How many
+rows a block has follows from the lengths alone, so it is counted once, when the data is opened: one number a block. An
+epoch then needs no more than two keyed permutations:
 
     row n -> epoch -> group of blocks, which the epoch's order of all blocks puts beside each other
           -> row of the group, in the group's order of all its rows -> block and row of the block
@@ -11,9 +11,9 @@ then needs no more than two keyed permutations:
 Rows of a block are planned again when a group is reached. All is a pure function of (documents, seed, n): nothing is
 drawn, no epoch has to be gone through to reach another, and memory depends on neither the run nor the tokens.
 
-Where the lengths depend on chance, because there are several denoisers or prefixes are cut anywhere, epochs repeat after
-`PHASES`, so that at most so many counts are made, each when it is reached: which denoiser and which cut an example has is
-the same in epochs 0, 8, 16 ...; which of its tokens are masked, and the order, never is.
+Where the lengths depend on chance, because there are several denoisers or prefixes are cut anywhere, rows repeat after
+`PHASES` epochs, so that at most so many counts are made, each when it is reached: which denoiser and which cut an
+example has is the same in epochs 0, 8, 16 ...; which of its tokens are masked, and the order, never is.
 
 Legend: b rows, r rows of a part, m examples, w blocks.
 """
@@ -67,7 +67,12 @@ class _Examples(NamedTuple):
 
     def take(self, places: NDArray[np.int64]) -> _Examples:
         """Those at `places`."""
-        return _Examples(*(column[places] for column in self))
+        return _Examples(self.starts[places], self.raw[places], self.denoisers[places], self.cuts[places])
+
+
+def _concatenated(parts: Sequence[_Examples]) -> _Examples:
+    starts, *numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return _Examples(starts, *numbers)
 
 
 class _Blocks(NamedTuple):
@@ -148,6 +153,7 @@ class DocumentRows:
         self._keys = {domain: _derived_key(key, domain) for domain in domains}
         self._capacities = np.array([plan.encoder_length, plan.decoder_length])
         self._random_cuts = any(denoiser.noise_density is None for denoiser in plan.denoisers)
+        self._table = self._lengths_table()
         self._phases = PHASES if len(plan.denoisers) > 1 or self._random_cuts else 1
         self.left_out = 0
         self._bounds = np.array([part.documents[0]])  # first document of each block, then the end  # [w + 1]
@@ -211,7 +217,8 @@ class DocumentRows:
             examples, _ = self._examples(_Blocks(block, np.array([0, end - begin]), starts), epoch % self._phases)
             parts.append(examples)
             bounds.append(bounds[-1] + examples.starts.size)
-        examples = _Examples(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        self._part.corpus.release_index()
+        examples = _concatenated(parts)
         rows, counts = packing_helpers.first_fit(self._lengths(examples), np.array(bounds), self._capacities)
         rows = np.repeat(np.cumsum(counts) - counts, np.diff(bounds)) + rows  # counted from the start of the group
         by_row = np.argsort(rows, kind="stable")
@@ -230,6 +237,7 @@ class DocumentRows:
             for n in range(0, found.size - 1, self._blocks_at_a_time):
                 some = found[n : n + self._blocks_at_a_time + 1]
                 yield _Blocks(first_block + n, some - some[0], starts[some[0] : some[-1] + 1])
+            self._part.corpus.release_index()
             bounds.append(begin + found[1:])
             first_block += found.size - 1
         self._bounds = np.concatenate(bounds)
@@ -240,6 +248,7 @@ class DocumentRows:
             bounds = self._bounds[n : n + self._blocks_at_a_time + 1]
             starts = self._part.corpus.document_starts(int(bounds[0]), int(bounds[-1]))
             yield _Blocks(n, bounds - bounds[0], starts)
+            self._part.corpus.release_index()
 
     def _count_phase(self, all_blocks: Iterator[_Blocks]) -> NDArray[np.int64]:
         """Count the rows of each block in the next phase; returns the sums of their lengths, `[2]`."""
@@ -282,7 +291,16 @@ class DocumentRows:
 
     def _lengths(self, examples: _Examples) -> NDArray[np.int32]:
         """Tokens of inputs and targets, `[m, 2]`."""
+        if not self._random_cuts:
+            return self._table[examples.denoisers, examples.raw]
         return self._denoisers.lengths(examples.denoisers, examples.raw, examples.cuts)
+
+    def _lengths_table(self) -> NDArray[np.int32]:
+        """Inputs and targets of each denoiser for each number of tokens, without cuts.  # [k, longest + 1, 2]"""
+        raw = np.arange(2, self._plan.longest_piece + 1, dtype=np.int32)
+        no_cut = np.full(raw.size, -1, np.int32)
+        of_each = [self._denoisers.lengths(np.full_like(raw, k), raw, no_cut) for k in range(len(self._plan.denoisers))]
+        return np.pad(np.stack(of_each), ((0, 0), (2, 0), (0, 0)))
 
 
 def _mapped(
@@ -322,9 +340,8 @@ def _block_bounds(starts: NDArray[np.int64], window: int, most_tokens: int, last
     """
     bounds, count = [0], len(starts) - 1
     while (begin := bounds[-1]) < count:
-        fitting = (
-            int(np.searchsorted(starts[begin : begin + window + 1], starts[begin] + most_tokens, side="right")) - 1
-        )
+        ends = starts[begin + 1 : begin + window + 1]
+        fitting = int(np.searchsorted(ends, starts[begin] + most_tokens, side="right"))
         if fitting == count - begin < window and not last:
             break
         bounds.append(begin + max(fitting, 1))
@@ -336,14 +353,15 @@ def _joined(found: Sequence[RowsOfDocuments]) -> RowsOfDocuments:
     examples = [part.examples for part in found] or [_Examples(nothing.astype(np.int64), nothing, nothing, nothing)]
     places = [np.zeros(0, np.int64), *(part.places for part in found)]
     keys = [np.zeros(0, np.uint64), *(part.keys for part in found)]
-    columns = (np.concatenate(column) for column in zip(*examples, strict=True))
-    return RowsOfDocuments(np.concatenate(places), _Examples(*columns), np.concatenate(keys))
+    return RowsOfDocuments(np.concatenate(places), _concatenated(examples), np.concatenate(keys))
 
 
 class PackedDocumentsDataset:
     """Rows of denoised documents, of one corpus or of a blend.
 
     Attributes:
+        parts: The corpora, or what is used of them.
+        blend: Which part each row is from; None: there is one.
         encoder_length: Columns of an encoder row (s_enc).
         decoder_length: Columns of a decoder row (s_dec).
         windows_per_epoch: Rows of the first epoch; of a blend, those of all parts together.
@@ -386,7 +404,8 @@ class PackedDocumentsDataset:
             )
         self.encoder_length, self.decoder_length = plan.encoder_length, plan.decoder_length
         self.kinds = tuple(denoiser.name for denoiser in plan.denoisers)
-        self._blend = blend
+        self.parts = tuple(parts)
+        self.blend = blend
         table, mode_ids = plan.table()
         self._denoisers = helpers.Denoisers(
             table, mode_ids, np.array(special.sentinel_ids, np.int32), special.eos_id, special.pad_id,
@@ -452,17 +471,17 @@ class PackedDocumentsDataset:
 
     def epochs(self, num_samples: int) -> list[float]:
         """How often the documents of each part were gone through after so many rows, by the rows of the first epoch."""
-        counts = [num_samples] if self._blend is None else self._blend.counts(num_samples).tolist()
+        counts = [num_samples] if self.blend is None else self.blend.counts(num_samples).tolist()
         return [count / rows.rows_per_epoch for count, rows in zip(counts, self._rows, strict=True)]
 
     def _found(self, sample_ids: NDArray[np.int64]) -> Iterator[tuple[int, RowsOfDocuments]]:
         """The examples of the rows of these ids, part by part; places are indices of `sample_ids`."""
         ids = np.asarray(sample_ids, np.int64)
         real = np.flatnonzero(ids >= 0)
-        if self._blend is None:
+        if self.blend is None:
             parts, rows = np.zeros(real.size, np.int32), ids[real]
         else:
-            parts, rows = self._blend.draws(ids[real])
+            parts, rows = self.blend.draws(ids[real])
         for part in np.unique(parts).tolist():
             own = parts == part
             found = self._rows[part].rows(rows[own])
