@@ -102,6 +102,7 @@ class DenoisingDataset:
     Attributes:
         plan: Denoisers and lengths.
         parts: The corpora, or what is used of them.
+        blend: Which part each sample is from; None: there is one.
         special: Ids of the vocabulary.
         name: Split, such as "train".
         kinds: Names of the denoisers.
@@ -156,7 +157,7 @@ class DenoisingDataset:
                 )
         ranges = np.array([part.tokens for part in parts], np.int64)
         keys = [_dataset_key(seed, f"{name}/{index}" if blend else name) for index in range(len(parts))]
-        self._blend = blend
+        self.blend = blend
         self._windows_a_row = 2 if plan.paired else 1
         # Rows that are not full need segment ids, which keep the model from attending to padding.
         full = plan.windows[0].inputs == self.encoder_length and len({window.inputs for window in plan.windows}) == 1
@@ -207,7 +208,7 @@ class DenoisingDataset:
 
     def epochs(self, num_samples: int) -> list[float]:
         """How often the tokens of each part have been used after so many samples."""
-        samples = np.array([num_samples]) if self._blend is None else self._blend.counts(num_samples)
+        samples = np.array([num_samples]) if self.blend is None else self.blend.counts(num_samples)
         return [float(epochs) for epochs in samples * self._windows_a_row / self._windows]
 
     def tokens_of(self, sample_id: int) -> list[NDArray[np.int32]]:
@@ -218,12 +219,12 @@ class DenoisingDataset:
     def _examples(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """The windows of these samples, as `helpers.fill_rows` takes them, and their keys.  # [m, 6], [m]"""
         ids = np.ascontiguousarray(sample_ids, np.int64)
-        if self._blend is None:
+        if self.blend is None:
             datasets, draws = np.zeros(ids.size, np.int32), ids
         else:
             given = np.flatnonzero(ids != PADDING_SAMPLE)
             datasets, draws = np.zeros(ids.size, np.int32), np.full(ids.size, PADDING_SAMPLE, np.int64)
-            datasets[given], draws[given] = self._blend.draws(ids[given])
+            datasets[given], draws[given] = self.blend.draws(ids[given])
         if not self.plan.paired:
             return self._layouts.examples(datasets, draws)
         # Row n has windows 2n and 2n + 1.
