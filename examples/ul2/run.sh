@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a small T5 with UL2's mixture of denoisers, in about ten minutes on two CPU cores: corpus, tokenizer, indexed
+# Trains a small T5 with UL2's mixture of denoisers, in a few minutes on two CPU cores: corpus, tokenizer, indexed
 # dataset, training on two processes, validation loss of each denoiser. Run it again and it continues where it stopped.
 # Further flags go to pretrain_t5.py.
 #
@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tools/environment.sh
 prepare_environment plot
 RUN=${RUN:-runs/ul2}
-STEPS=${STEPS:-1000}
+STEPS=${STEPS:-500}
 mkdir -p "$RUN"
 
 if [ ! -e "$RUN/corpus.jsonl" ]; then
