@@ -222,7 +222,7 @@ def arrays(draw: st.DrawFn) -> Any:
         values = [value % 2 ** (8 * dtype.itemsize) for value in values]
         array = np.array(values, np.uint64).astype(dtype)
     else:
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             array = np.array(values, "f8").astype("i8" if dtype.kind == "M" else "f8").astype(dtype)
     array = array.reshape(shape)
     form = draw(st.sampled_from(["plain", "misaligned", "strided", "reversed", "fortran", "read-only", "broadcast"]))
