@@ -32,7 +32,8 @@ from megatron.training.checkpointing import (
 from megatron.training.config import RunConfig
 from megatron.training.consistency import check_equal_on_all_ranks
 from megatron.training.console import format_duration, progress_line, say, warn
-from megatron.training.data import TrainingData, fit_vocabulary, open_data, prepare_tasks
+from megatron.training.data import TrainingData, fit_vocabulary, open_data, prepare_data
+from megatron.training.epochs import EpochLog
 from megatron.training.evaluation import Evaluator
 from megatron.training.initialize import parallel_context
 from megatron.training.metrics import Sink, build_sinks, device_peak_tflops, peak_memory_gib
@@ -104,6 +105,7 @@ class Trainer:
         self.prefetcher = Prefetcher(self.train_loader, context.device)
         self.flops_per_sample = training_flops_per_sequence(config.model, *lengths)
         self.peak_tflops = device_peak_tflops(context.device, config.logging)
+        self.epochs = EpochLog(data.train, data.corpora, self.progress.next_sample)
         self.sinks: list[Sink] = []
         self.window = StepWindow(context.device, counts=self.model.counts_loss)
         self.evaluator = Evaluator(config, data, context, self.model, self._loader, lambda: self.stop.poll() != Stop.NO)
@@ -315,6 +317,7 @@ class Trainer:
         per_device = self.flops_per_sample * self.global_batch_size * steps_per_s / self.context.world_size / 1e12
         row["tokens_per_s"] = steps_per_s * self.global_batch_size * self.data.train.tokens_per_sample
         row["tflops_per_s"] = per_device
+        row |= self.epochs.row(self.progress.next_sample)
         row["mfu"] = None if self.peak_tflops is None else per_device / self.peak_tflops
         self._write(row)
         for step in steps:
@@ -324,6 +327,8 @@ class Trainer:
         self.progress.recent_losses = self.spikes.losses
         eta_s = (self.total_iterations - self.progress.iteration) / steps_per_s
         say(progress_line(row, self.total_iterations, eta_s), self.context.is_main)
+        if news := self.epochs.news(self.progress.next_sample):
+            say(news, self.context.is_main)
 
     def _evaluate(self, splits: Sequence[str]) -> None:
         """Evaluate on these splits; the progress remembers those that a wish to stop left out."""
@@ -495,8 +500,7 @@ def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: b
             require_exportable(config.model)
             require_replaceable(Path(config.checkpoint.save_hf))
         checkpoint = find_starting_point(config.checkpoint, context)
-        if config.data.objective == "text-to-text":
-            context.on_main(lambda: prepare_tasks(config), patiently_at="tokenization")
+        prepare_data(config, context)
         data = open_data(config)
         if checkpoint is not None:
             adopt_settings(checkpoint, config, context.dp_size, data.tokenizer, vocab_size_given)

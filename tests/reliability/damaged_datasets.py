@@ -26,7 +26,7 @@ from megatron.core.config import DataConfig, TokenizerConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
 from megatron.core.datasets.t5_dataset import SpecialTokens, build_datasets
-from megatron.training.data import resolve_tokenizer
+from megatron.training.corpora import resolve_tokenizer
 from tests.corpora import write_prose
 from tests.programs import load_program
 from tests.reliability.forked import outcome_in_child

@@ -1,0 +1,221 @@
+"""Opens the corpora of a run: their tokenizer, the ranges of their splits, and the datasets that draw from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron.core.config import DataConfig, TokenizerConfig
+from megatron.core.datasets.blending import Blend, BlendSpec, CorpusSpec, blend_rates, corpora_of
+from megatron.core.datasets.corpus import Corpus, CorpusRange, open_corpus, split_corpus
+from megatron.core.datasets.corpus_cache import is_text, prepare_text
+from megatron.core.datasets.denoising import DenoisingPlan, mode_tokenizer
+from megatron.core.datasets.indexed_dataset import manifest_path, resolve_prefix
+from megatron.core.datasets.loader import Dataset
+from megatron.core.datasets.packed_documents import PackedDocumentsDataset
+from megatron.core.datasets.t5_dataset import SPLIT_NAMES, DenoisingDataset, SpecialTokens
+from megatron.core.errors import UserError
+from megatron.core.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
+from megatron.training.config import RunConfig
+
+SHOWN_NAMES = 5  # in a warning about many corpora
+
+
+class Split(NamedTuple):
+    """The corpora of a split and their rates in its blend."""
+
+    parts: list[CorpusRange]
+    rates: list[int]
+
+
+class OpenedCorpora(NamedTuple):
+    """What a run needs to know of its corpora.
+
+    Attributes:
+        tokenizer: That made the ids of all of them, with as many sentinels as the run is to have.
+        datasets: By name of the split; None for those without data.
+        names: Of the corpora that are trained on.
+        fingerprint: What a checkpoint records of the training data.
+        warnings: One line each.
+    """
+
+    tokenizer: Tokenizer
+    datasets: dict[str, Dataset | None]
+    names: list[str]
+    fingerprint: dict[str, Any]
+    warnings: list[str]
+
+
+def prepare_texts(config: RunConfig) -> None:
+    """Tokenize the corpora that are text, unless that was done before."""
+    for spec in _all_specs(corpora_of(config.data)):
+        if is_text(spec.path):
+            prepare_text(spec.path, config.tokenizer, config.data)
+
+
+def open_corpora(config: RunConfig) -> OpenedCorpora:
+    """Open what the flags name, in constant time for each corpus; text is prepared unless that was done before.
+
+    Args:
+        config: The run.
+
+    Raises:
+        UserError: a corpus, the blend or the objective is unusable.
+    """
+    spec = corpora_of(config.data)
+    opened = {s.path: open_corpus(_prefix_of(s.path, config)) for s in _all_specs(spec)}
+    corpora = list(opened.values())
+    tokenizer = resolve_tokenizer(corpora[0], config.tokenizer)
+    for corpus in corpora[1:]:
+        _check_tokenizer(corpus, corpora[0], tokenizer)
+    special = SpecialTokens.from_tokenizer(tokenizer)
+    plan = DenoisingPlan.build(config.data, len(special.sentinel_ids), mode_tokenizer(tokenizer))
+    splits, warnings = _splits(spec, opened, config.data, plan)
+    datasets = {
+        name: _dataset(split, plan, special, config, name) if split.parts else None for name, split in splits.items()
+    }
+    train = splits["train"]
+    return OpenedCorpora(tokenizer, datasets, [part.name for part in train.parts], _fingerprint(train), warnings)
+
+
+def _all_specs(spec: BlendSpec) -> list[CorpusSpec]:
+    return [*spec.shared, *(s for name in SPLIT_NAMES for s in spec.by_split.get(name, ()))]
+
+
+def _prefix_of(path: str, config: RunConfig) -> Path:
+    return prepare_text(path, config.tokenizer, config.data) if is_text(path) else resolve_prefix(path)
+
+
+def _splits(
+    spec: BlendSpec, opened: dict[str, Corpus], config: DataConfig, plan: DenoisingPlan
+) -> tuple[dict[str, Split], list[str]]:
+    """Corpora and rates of each split, and warnings about what is too short to be held out."""
+    shortest = 2 if config.packing == "segments" else max(window.raw for window in plan.windows)
+    ranges = {s.path: split_corpus(opened[s.path], s.split_weights(config), s.path) for s in spec.shared}
+    splits, warnings = {}, []
+    for name, weight in zip(SPLIT_NAMES, config.split_weights(), strict=True):
+        specs = spec.of_split(name)
+        parts = [ranges[s.path][name] if s.path in ranges else _whole(opened[s.path], s.path) for s in specs]
+        short = [part for part in parts if part.num_tokens < shortest]
+        if name == "train" and short:
+            raise UserError(_too_short(short[0], shortest, config, alone=len(parts) == 1))
+        expected = weight > 0 if spec.shared else bool(specs)
+        if short and expected:
+            warnings.append(_held_out_warning(name, short, len(parts), shortest, config))
+        kept = [(part, s) for part, s in zip(parts, specs, strict=True) if part not in short]
+        tokens = [part.num_tokens for part, _ in kept]
+        rates = blend_rates(tokens, [s for _, s in kept], config) if len(kept) > 1 else [1] * len(kept)
+        splits[name] = Split([part for part, _ in kept], rates)
+    if not splits["train"].parts:
+        raise UserError("no corpus is for training; give one with --data-path or --train-data-path")
+    return splits, warnings
+
+
+def _whole(corpus: Corpus, name: str) -> CorpusRange:
+    return CorpusRange(corpus, name, (0, corpus.num_documents), (0, corpus.num_tokens))
+
+
+def _too_short(part: CorpusRange, shortest: int, config: DataConfig, alone: bool) -> str:
+    cure = (
+        "use more text, another --split or a smaller --encoder-seq-length"
+        if alone
+        else "leave it out of the blend, join it with others (tools/merge_datasets.py), or shorten --encoder-seq-length"
+    )
+    return f"{part.name} has {part.num_tokens} train tokens, but one sample takes {shortest}; {cure}"
+
+
+def _held_out_warning(name: str, short: list[CorpusRange], num_parts: int, shortest: int, config: DataConfig) -> str:
+    use = "validation" if name == "valid" else name
+    if num_parts == 1:
+        num_tokens = short[0].num_tokens
+        return (
+            f"--split {config.split} leaves {num_tokens} of {short[0].name}'s tokens for {use}, but one sample "
+            f"takes {shortest}; there will be no {use} loss"
+        )
+    names = ", ".join(part.name for part in short[:SHOWN_NAMES]) + (", ..." if len(short) > SHOWN_NAMES else "")
+    return (
+        f"{len(short)} of {num_parts} corpora have fewer {use} tokens than the {shortest} of one sample and are left "
+        f"out of the {use} loss: {names}"
+    )
+
+
+def _dataset(split: Split, plan: DenoisingPlan, special: SpecialTokens, config: RunConfig, name: str) -> Dataset:
+    blend = Blend(split.rates) if len(split.parts) > 1 else None
+    seed, data = config.training.seed, config.data
+    if data.packing == "segments":
+        return PackedDocumentsDataset(split.parts, plan, special, seed, name, blend=blend, window=data.packing_window)
+    return DenoisingDataset(
+        split.parts, plan, special, seed, name, blend=blend, block_windows=data.shuffle_block_windows
+    )
+
+
+def _fingerprint(train: Split) -> dict[str, Any]:
+    """What a checkpoint records of the training data, to recognise it; of a blend also who has which share."""
+    if len(train.parts) == 1:
+        return train.parts[0].corpus.describe()
+    identities = [_identity(part.corpus) for part in train.parts]
+    content = json.dumps([identities, train.rates], sort_keys=True).encode()
+    return {
+        "num_corpora": len(train.parts),
+        "num_documents": sum(part.corpus.num_documents for part in train.parts),
+        "num_tokens": sum(part.corpus.num_tokens for part in train.parts),
+        "fingerprint": hashlib.sha256(content).hexdigest()[:16],
+    }
+
+
+def _identity(corpus: Corpus) -> list[Any]:
+    """What tells a corpus of a blend from others: checksums where manifests have them, since thousands of corpora could
+    not all be read at hundreds of places."""
+    checksums = [((shard.manifest or {}).get("files") or {}).get("bin") for shard in corpus.shards]
+    return checksums if all(checksums) else [corpus.describe()]
+
+
+def _manifest_entry(corpus: Corpus, *keys: str) -> str:
+    """The text under nested `keys` of the corpus's manifest."""
+    value: Any = corpus.manifest
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        raise UserError(
+            f"{manifest_path(corpus.prefix)} has no {'.'.join(keys)}; preprocess the corpus again, or remove it "
+            "and give --tokenizer-type and --tokenizer-model (or --vocab-file)"
+        )
+    return value
+
+
+def resolve_tokenizer(corpus: Corpus, config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of the flags, or else the one that travels with the data; checked against the manifest."""
+    given = config.tokenizer_type or config.tokenizer_model or config.vocab_file
+    if given:
+        tokenizer, source = build_tokenizer(config), "the tokenizer of the flags"
+    elif corpus.manifest is None:
+        raise UserError(
+            f"{corpus.prefix} has no manifest that names its tokenizer; give --tokenizer-type and --tokenizer-model "
+            "(or --vocab-file)"
+        )
+    else:
+        directory = corpus.prefix.parent / _manifest_entry(corpus, "tokenizer_directory")
+        tokenizer, source = load_tokenizer(directory), str(directory)
+    if corpus.manifest is not None:
+        recorded = _manifest_entry(corpus, "tokenizer", "fingerprint")
+        if not tokenizer.spells_as(corpus.manifest["tokenizer"]):
+            raise UserError(
+                f"{source} ({tokenizer.type}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}) "
+                f"is not the one that made {corpus.prefix} (fingerprint {recorded[:12]}); use that one, or preprocess "
+                "the corpus again"
+            )
+    return tokenizer if config.vocab_extra_ids is None else tokenizer.with_sentinels(config.vocab_extra_ids)
+
+
+def _check_tokenizer(corpus: Corpus, first: Corpus, tokenizer: Tokenizer) -> None:
+    """Refuse a corpus whose ids another tokenizer made."""
+    if first.manifest is None or corpus.manifest is None:
+        return  # data of Megatron-LM do not say; ids outside the vocabulary are refused when they are read
+    ours, others = (_manifest_entry(c, "tokenizer", "fingerprint") for c in (first, corpus))
+    if ours != others and not tokenizer.spells_as(corpus.manifest["tokenizer"]):
+        raise UserError(
+            f"{corpus.prefix} was made with another tokenizer (fingerprint {others[:12]}) than {first.prefix} "
+            f"({ours[:12]}); preprocess one of them again with the other's tokenizer"
+        )
