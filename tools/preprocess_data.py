@@ -28,6 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--output-prefix", required=True, metavar="PREFIX", help="start of the names of all output")
     group.add_argument("--append-eod", action="store_true", help="end each document with the end-of-sequence id")
     group.add_argument("--overwrite", action="store_true", help="replace datasets of this prefix")
+    group.add_argument(
+        "--shard-tokens", type=int, metavar="N",
+        help="cut each dataset into shards that end with the document that reaches N tokens; they are used as one",
+    )  # fmt: skip
     group = parser.add_argument_group("run")
     group.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
@@ -39,6 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
         default="stop",
         help="stop at a bad record, or leave it out and count it",
     )
+    group.add_argument(
+        "--resume", action="store_true",
+        help="go on where an earlier run with the same flags was stopped; start at the beginning if there was none",
+    )  # fmt: skip
+    group.add_argument(
+        "--journal-interval", type=float, default=10.0, metavar="S", dest="journal_interval_s",
+        help="seconds between the points that --resume can go on from (10)",
+    )  # fmt: skip
     group.add_argument(
         "--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines (1000)"
     )
@@ -53,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = group_config(flags, "tokenizer")  # takes its flags out; the others are the preprocessing's
         preprocess(PreprocessConfig(**flags, tokenizer=tokenizer))
 
-    return exit_status(program, output=flags["output_prefix"], interrupted="interrupted; nothing unfinished is left")
+    return exit_status(program, output=flags["output_prefix"], interrupted="interrupted")
 
 
 if __name__ == "__main__":

@@ -66,15 +66,15 @@ def iterate_lines(flags: argparse.Namespace) -> Iterator[str]:
         UserError: a record or file cannot be read.
     """
     for source in find_sources(flags.input, flags.input_format):
-        for chunk in read_chunks(source):
+        for chunk in read_chunks(source, keys=flags.json_keys):
             for record in parse_records(chunk, flags.json_keys):
                 if record.reason is not None:
-                    raise UserError(f"{chunk.path}:{record.line}: {record.detail}; mend the record or remove it")
+                    raise UserError(f"{chunk.place(record.line)}: {record.detail}; mend the record or remove it")
                 # Plain text has the same text for every key.
                 for text in dict.fromkeys(record.texts):
                     yield from cut_lines(text)
             if chunk.error is not None:
-                raise UserError(f"{chunk.path}:{chunk.first_line}: cannot be read from here on: {chunk.error}")
+                raise UserError(f"{chunk.place(chunk.first_line)}: cannot be read from here on: {chunk.error}")
 
 
 def cut_lines(text: str, max_bytes: int = MAX_SENTENCE_BYTES) -> Iterator[str]:

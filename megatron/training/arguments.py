@@ -189,10 +189,12 @@ def add_input_flags(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("input")
     group.add_argument(
         "--input", nargs="+", required=True, metavar="FILE",
-        help="files or quoted glob patterns: .jsonl/.json/.ndjson (one JSON object a line) or .txt, also .gz and .zst",
+        help="files, directories or quoted glob patterns: .jsonl/.json/.ndjson (one JSON object a line) or .txt, also "
+        ".gz and .zst; .parquet, .arrow, a directory that datasets saved, hf://NAME[:CONFIGURATION][@SPLIT]",
     )  # fmt: skip
     group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of the texts (text)")
-    group.add_argument("--input-format", choices=["auto", "jsonl", "text"], default="auto", help="auto: by file name")
+    formats = ["auto", "jsonl", "text", "parquet", "arrow"]
+    group.add_argument("--input-format", choices=formats, default="auto", help="auto: by file name")
     return group
 
 

@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.core.config import TokenizerConfig
-from megatron.core.datasets import preprocessing
+from megatron.core.datasets import preprocessing_output, preprocessing_workers
 from megatron.core.datasets.corpus_reader import Source, find_sources, parse_records, read_chunks
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron.core.datasets.preprocessing import PreprocessConfig, PreprocessStats, preprocess
 from megatron.core.errors import UserError
 from megatron.core.tokenizers import ByteTokenizer, load_tokenizer
@@ -211,12 +211,13 @@ def test_globs_and_formats(tmp_path: Path) -> None:
     run([tmp_path / "[ab].*", tmp_path / "[x].txt"], tmp_path / "x")
     assert texts_of(tmp_path / "x") == ["a", "b", "literal"]
     run(tmp_path / "c.data", tmp_path / "y", input_format="text")
+    (tmp_path / "empty").mkdir()
     assert texts_of(tmp_path / "y") == ["c"]
     for path, expected in (
         (tmp_path / "c.data", "--input-format"),
         (tmp_path / "none.txt", "no such file"),
         (tmp_path / "*.none", "no such file"),
-        (tmp_path, "is a directory"),
+        (tmp_path / "empty", "no file in this directory"),
     ):
         with pytest.raises(UserError, match=expected):
             run(path, tmp_path / "z")
@@ -296,22 +297,31 @@ def full_disk(self: Any, *arguments: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["_write_index", "publish"])
-def test_nothing_is_left_when_publishing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in.txt").write_text("one\n")
-    monkeypatch.setattr(preprocessing.IndexedDatasetWriter, step, full_disk)
+    monkeypatch.setattr(IndexedDatasetWriter, "_write_index", full_disk)
     with pytest.raises(OSError, match="No space"):
         run(tmp_path / "in.txt", tmp_path / "x")
     assert names(tmp_path) == {"in.txt"}
 
 
-@pytest.mark.parametrize("owner", [preprocessing.IndexedDatasetWriter, ByteTokenizer])
+def test_a_failure_while_publishing_can_be_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.txt").write_text("one\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing_output, "publish_prepared", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            run(tmp_path / "in.txt", tmp_path / "x")
+    run(tmp_path / "in.txt", tmp_path / "x", resume=True)
+    assert texts_of(tmp_path / "x") == ["one"] and not [name for name in names(tmp_path) if "partial" in name]
+
+
+@pytest.mark.parametrize("owner", [IndexedDatasetWriter, ByteTokenizer])
 def test_old_data_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type) -> None:
     """With several keys, none of the old datasets goes before all of the new ones are on the disk."""
     (tmp_path / "in.jsonl").write_text('{"a": "one", "b": "two"}\n')
     run(tmp_path / "in.jsonl", tmp_path / "x", json_keys=["a", "b"])
     before = names(tmp_path)
-    step = "_write_index" if owner is preprocessing.IndexedDatasetWriter else "save"
+    step = "_write_index" if owner is IndexedDatasetWriter else "save"
     work, calls = getattr(owner, step), []
 
     def second_time_full(self: Any, *arguments: Any) -> None:
@@ -380,7 +390,7 @@ def test_reading_one_long_record_takes_linear_time(tmp_path: Path, sample_by: An
 
 def test_a_worker_that_dies_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in.txt").write_text("one\n" * 1000)
-    monkeypatch.setattr(preprocessing, "_work", _die)
+    monkeypatch.setattr(preprocessing_workers, "work", _die)
     with pytest.raises(UserError, match=r"worker process died \(status 9;"):
         run(tmp_path / "in.txt", tmp_path / "x", workers=2)
     assert names(tmp_path) == {"in.txt"}
@@ -466,7 +476,11 @@ def test_stopped_by_a_signal(tmp_path: Path, number: int, kill: Callable[[int, i
         time.sleep(0.1)
         kill(process.pid, number)  # a second one does not disturb the clean-up
         _, errors = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and errors.splitlines()[-1] == "interrupted; nothing unfinished is left"
+    assert process.returncode == 128 + number
+    assert errors.splitlines()[-2:] == [
+        "nothing unfinished is left",
+        "interrupted",
+    ]
     assert names(tmp_path) == {"in.txt"}
     wait_for_the_end_of(children)
 
@@ -478,13 +492,13 @@ def test_a_signal_while_publishing_waits_for_its_end(
     (tmp_path / "in.txt").write_text("old\n")
     if overwrite:
         run(tmp_path / "in.txt", tmp_path / "x")
-    publish = preprocessing.IndexedDatasetWriter.publish
+    publish = preprocessing_output.publish_prepared
 
-    def signalled(self: Any) -> None:
+    def signalled(prefix: Path) -> None:
         signal.raise_signal(signal.SIGINT)
-        publish(self)
+        publish(prefix)
 
-    monkeypatch.setattr(preprocessing.IndexedDatasetWriter, "publish", signalled)
+    monkeypatch.setattr(preprocessing_output, "publish_prepared", signalled)
     (tmp_path / "in.txt").write_text("new\n")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "in.txt", tmp_path / "x", overwrite=overwrite)

@@ -1,161 +1,146 @@
-"""Reads text corpora: JSON lines and plain text, plain or compressed with gzip or Zstandard.
+"""Reads text corpora: JSON lines and plain text, plain or compressed with gzip or Zstandard, and tables of Arrow.
 
 Files are cut into chunks of whole records by their bytes alone, so that the chunks, and all that is computed from
-them, are the same for any number of workers. Reading needs the memory of one chunk or of the longest record.
+them, are the same for any number of workers. Reading needs the memory of one chunk or of the longest record. A file
+can be read from the end of any chunk on. Tables (Parquet, Arrow) are read in `table_reader.py`.
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO
 
-from megatron.core.errors import UserError
+from megatron.core.datasets.corpus_sources import (
+    START,
+    Chunk,
+    InputFormat,
+    Position,
+    Record,
+    SampleBy,
+    Source,
+    UnreadableError,
+    find_sources,
+    one_line,
+)
 
-InputFormat = Literal["auto", "jsonl", "text"]
-SampleBy = Literal["line", "paragraph", "document"]
+__all__ = [
+    "START",
+    "Chunk",
+    "InputFormat",
+    "Position",
+    "Record",
+    "RecordError",
+    "SampleBy",
+    "Source",
+    "find_sources",
+    "parse_object",
+    "parse_records",
+    "read_chunks",
+    "text_of",
+    "value_under",
+]
 
 CHUNK_BYTES = 1 << 20
-_FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".text": "text"}
-_COMPRESSIONS = (".gz", ".zst")
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
 
-@dataclass(frozen=True)
-class Source:
-    """One input file: its path, how its records are told apart, and its size on disk in bytes."""
-
-    path: Path
-    records: Literal["jsonl", "line", "paragraph", "document"]
-    size: int
-
-
-class Chunk(NamedTuple):
-    """Whole records of one file."""
-
-    path: str
-    records: str  # Source.records
-    first_line: int  # number of the first line of `data` in its file, from 1
-    data: bytes
-    bytes_read: int  # of the file on disk, up to the end of this chunk
-    error: str | None  # why the file cannot be read beyond `data`
-
-
-class Record(NamedTuple):
-    """One record: a text for each key, or the reason why there is none."""
-
-    line: int
-    texts: list[str]
-    reason: str | None = None  # kind of the error, the same for all records that have it
-    detail: str = ""
-
-
-def find_sources(
-    patterns: Sequence[str], input_format: InputFormat = "auto", sample_by: SampleBy = "line"
-) -> list[Source]:
-    """The files that paths and glob patterns name, patterns in sorted order.
-
-    Raises:
-        UserError: nothing matches, or a file's format is not told by its name.
-    """
-    sources = []
-    for pattern in patterns:
-        paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute patterns too
-        if not paths:
-            raise UserError(f"--input {pattern}: no such file")
-        for path in map(Path, paths):
-            if path.is_dir():
-                raise UserError(f"--input {path} is a directory; name its files, such as '{path}/*.jsonl'")
-            kind = input_format if input_format != "auto" else _format_of(path)
-            sources.append(Source(path, "jsonl" if kind == "jsonl" else sample_by, path.stat().st_size))
-    return sources
-
-
-def _format_of(path: Path) -> str:
-    suffix = Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
-    if suffix not in _FORMAT_OF_SUFFIX:
-        raise UserError(
-            f"--input {path}: its name ends in none of {' '.join(_FORMAT_OF_SUFFIX)} (with .gz or .zst or without); "
-            "give --input-format jsonl or text"
-        )
-    return _FORMAT_OF_SUFFIX[suffix]
-
-
-def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+def read_chunks(
+    source: Source, chunk_bytes: int = CHUNK_BYTES, start: Position = START, keys: Sequence[str] = ()
+) -> Iterator[Chunk]:
     """Chunks of a file in order, of about `chunk_bytes` decompressed bytes each, more where one record is longer.
 
     A file that ends early or is damaged yields its whole records as far as they can be read, then a chunk without
     data that carries the error.
+
+    Args:
+        source: The file.
+        chunk_bytes: Least size of a chunk.
+        start: `Chunk.end` of the chunk to go on after; compressed files are decompressed up to there again.
+        keys: Columns to read; for tables only.
     """
-    first_line, position, error = 1, 0, None
+    if source.records in ("parquet", "arrow"):
+        from megatron.core.datasets.table_reader import read_table_chunks
+
+        yield from read_table_chunks(source, chunk_bytes, start, keys)
+        return
+    (offset, line), bytes_read, error = start, 0, None
     rest = bytearray()  # which grows in place: a record of many blocks is not copied again for each of them
 
-    def take(end: int, bytes_read: int, error: str | None = None) -> Chunk:
-        data = bytes(rest[:end])
+    def take(end: int, error: str | None = None) -> Chunk:
+        nonlocal offset, line
+        data, first_line = bytes(rest[:end]), line
         del rest[:end]
-        data = data if first_line > 1 else data.removeprefix(_BOM)
-        return Chunk(str(source.path), source.records, first_line, data, bytes_read, error)
+        data = data if offset else data.removeprefix(_BOM)
+        offset, line = offset + end, line + data.count(b"\n")
+        return Chunk(str(source.path), source.records, first_line, data, bytes_read, error, Position(offset, line))
 
     try:
-        for block, position in _blocks(source, chunk_bytes):
+        for block, bytes_read in _blocks(source, chunk_bytes, start.offset):  # noqa: B007 - `take` reads it
             searched = len(rest)
             rest += block
             if end := _end_of_records(rest, searched, source.records):
-                chunk = take(end, position)
-                yield chunk
-                first_line += chunk.data.count(b"\n")
-    except _UnreadableError as reason:
+                yield take(end)
+    except UnreadableError as reason:
         error = str(reason)
         rest.clear()  # A record cut in two is worse than none.
     if rest or error:
-        yield take(len(rest), position, error)
+        yield take(len(rest), error)
 
 
-class _UnreadableError(Exception):
-    """A file cannot be read any further."""
+def _blocks(source: Source, block_bytes: int, skip: int) -> Iterator[tuple[bytes, int]]:
+    """Decompressed blocks of at least `block_bytes` but for the last one, and the file position after each.
 
-
-def _blocks(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Decompressed blocks of at least `block_bytes` but for the last one, and the file position after each."""
+    The first `skip` decompressed bytes are left out.
+    """
     import zstandard
 
     parts: list[bytes] = []
-    position, failure = 0, None
+    size, position, failure = 0, 0, None
     try:
         with source.path.open("rb") as file:
-            for part in _decompressed(file, source.path.suffix, block_bytes):
+            for part in _decompressed(file, source.path.suffix, block_bytes, skip):
                 parts.append(part)
+                size += len(part)
                 position = file.tell() if file.seekable() else 0  # pipes do not say
-                if sum(map(len, parts)) >= block_bytes:
+                if size >= block_bytes:
                     yield b"".join(parts), position
-                    parts = []
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+                    parts, size = [], 0
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError, MemoryError) as error:
         failure = error
     if parts:
         yield b"".join(parts), position
     if failure is not None:
-        reason = getattr(failure, "strerror", None) or str(failure)
-        raise _UnreadableError(" ".join(reason.split())) from failure
+        reason = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
+        raise UnreadableError(one_line(reason)) from failure
 
 
-def _decompressed(file: BinaryIO, suffix: str, part_bytes: int) -> Iterator[bytes]:
-    """Content of a file in parts; raises when compressed data end early."""
+def _decompressed(file: BinaryIO, suffix: str, part_bytes: int, skip: int) -> Iterator[bytes]:
+    """Content of a file in parts, without its first `skip` bytes; raises when compressed data end early."""
     if suffix == ".zst":
-        yield from _zstandard_parts(file)
+        parts = _zstandard_parts(file)
     elif suffix == ".gz":
-        # read1: a larger read would lose what came before the damage.
-        with gzip.GzipFile(fileobj=file) as stream:
-            while part := stream.read1(part_bytes):
-                yield part
+        parts = _gzip_parts(file, part_bytes)
     else:
+        if skip:
+            file.seek(skip)
         while part := file.read(part_bytes):
+            yield part
+        return
+    for part in parts:
+        if skip < len(part):
+            yield part[skip:]
+        skip = max(skip - len(part), 0)
+
+
+def _gzip_parts(file: BinaryIO, part_bytes: int) -> Iterator[bytes]:
+    # read1: a larger read would lose what came before the damage.
+    with gzip.GzipFile(fileobj=file) as stream:
+        while part := stream.read1(part_bytes):
             yield part
 
 
@@ -193,8 +178,13 @@ def parse_records(chunk: Chunk, keys: Sequence[str]) -> Iterator[Record]:
 
     Args:
         chunk: Whole records.
-        keys: Keys of the texts in JSON lines; plain text gives the same text for each.
+        keys: Keys of the texts in JSON lines, or columns of tables; plain text gives the same text for each.
     """
+    if chunk.records in ("parquet", "arrow"):
+        from megatron.core.datasets.table_reader import parse_table
+
+        yield from parse_table(chunk, keys)
+        return
     if chunk.records == "jsonl":
         for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.first_line):
             if line and not line.isspace():

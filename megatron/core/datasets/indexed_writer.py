@@ -228,6 +228,7 @@ class IndexedDatasetWriter:
 
     def publish(self) -> None:
         """Put what `prepare` wrote in the place of an older dataset of this prefix."""
+        self._partial_bin.stat()  # which must be there
         publish_prepared(self.prefix)
         self.close()
 

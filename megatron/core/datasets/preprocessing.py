@@ -1,62 +1,64 @@
 """Turns text corpora into indexed datasets of token ids.
 
-    files -> chunks of whole records (main process) -> ids of each chunk (workers) -> writers, in order (main process)
+    files -> chunks of whole records -> texts -> ids (preprocessing_workers.py) -> writers, in order
 
-The three overlap: a bounded number of chunks is under way, so that memory does not grow with the corpus, and results
+The stages overlap: a bounded number of chunks is under way, so that memory does not grow with the corpus, and results
 are written in the order of the input, so that the output does not depend on the number of workers. A worker that
-dies ends the run with an error. `<output_prefix>_<key>_document.{bin,idx,json}` appear complete or not at all.
+dies ends the run with an error. `<output_prefix>_<key>_document.{bin,idx,json}` appear complete or not at all. What a
+killed run has written is kept until the next one, which goes on from there if asked to (preprocessing_journal.py).
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import shutil
-import signal
 import sys
-import threading
 import time
-import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Literal, NamedTuple, TextIO
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Literal, TextIO
 
 from megatron.core.config import TokenizerConfig
 from megatron.core.datasets.corpus_reader import (
-    Chunk,
+    START,
     InputFormat,
+    Position,
     SampleBy,
     Source,
     find_sources,
-    parse_records,
     read_chunks,
 )
-from megatron.core.datasets.indexed_dataset import (
-    IndexedDatasetWriter,
+from megatron.core.datasets.indexed_format import (
     bin_path,
     idx_path,
+    is_sharded,
     manifest_path,
     optimal_dtype,
-    remove_dataset,
+)
+from megatron.core.datasets.preprocessing_journal import PUBLISHING, Journal, is_publishing
+from megatron.core.datasets.preprocessing_output import (
+    OutputWriter,
+    manifest_of,
+    publish_output,
+    tokenizer_directory,
+    unfinished_bytes,
+)
+from megatron.core.datasets.preprocessing_workers import (
+    MESSAGES_PER_REASON,
+    Ahead,
+    NumberedChunk,
+    Progress,
+    TokenizedChunk,
+    TokenizeOptions,
+    Workers,
+    signals_wait,
+    tokenize_here,
 )
 from megatron.core.errors import UserError
-from megatron.core.file_utils import partial_path, replace_directory
 from megatron.core.tokenizers import Tokenizer, build_tokenizer, require_replaceable
 
-_CHUNKS_PER_WORKER = 3  # under way at a time: one in work, one waiting, one whose result waits for its turn
-_MESSAGES_PER_REASON = 3  # of skipped records; the rest is only counted
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # those that end a tool (megatron/training/arguments.py)
-_EXIT_STATUS_WITHIN_S = 1.0
+_CHUNKS_READ_AHEAD = 2
 
 
 @dataclass(kw_only=True)
@@ -64,16 +66,19 @@ class PreprocessConfig:
     """What to preprocess, and how.
 
     Attributes:
-        input: Files and glob patterns.
+        input: Files, directories and glob patterns; `hf://NAME` (table_reader.py).
         output_prefix: Start of the output's names; its directory is created.
         tokenizer: Tokenizer flags.
         json_keys: Keys of the texts; one dataset each.
         append_eod: End each document with the tokenizer's eos id.
-        workers: Processes that tokenize; 1 tokenizes in this process.
+        workers: Processes that tokenize; 1 tokenizes in a thread of this process.
         input_format: `auto` goes by the file's name.
         text_sample_by: What a document is in plain text.
         on_error: What to do with a record that cannot be used.
         overwrite: Replace datasets that exist.
+        resume: Go on after the last piece that a run with the same flags finished before it was stopped.
+        shard_tokens: Cut the output into shards of so many tokens (the last document of each goes beyond).
+        journal_interval_s: Seconds between two pieces; what is done since the last one is done again by `resume`.
         log_interval: Documents between two progress lines (at most one line a second).
     """
 
@@ -87,12 +92,17 @@ class PreprocessConfig:
     text_sample_by: SampleBy = "line"
     on_error: Literal["stop", "skip"] = "stop"
     overwrite: bool = False
+    resume: bool = False
+    shard_tokens: int | None = None
+    journal_interval_s: float = 10.0
     log_interval: int = 1000
 
     def __post_init__(self) -> None:
         for flag, value in (("--workers", self.workers), ("--log-interval", self.log_interval)):
             if value < 1:
                 raise UserError(f"{flag} is {value}; it must be at least 1")
+        if self.shard_tokens is not None and self.shard_tokens < 1:
+            raise UserError(f"--shard-tokens is {self.shard_tokens}; it must be at least 1")
         if not self.input:
             raise UserError("--input is missing; give one file or more")
         if not self.json_keys or len(set(self.json_keys)) < len(self.json_keys):
@@ -126,47 +136,6 @@ class PreprocessStats:
     prefixes: list[Path] = field(default_factory=list)
 
 
-class TokenizedChunk(NamedTuple):
-    """A chunk's documents as ids; compact, since it travels between processes."""
-
-    tokens: list[npt.NDArray[Any]]  # for each key, ids of all documents end to end
-    lengths: list[npt.NDArray[np.int32]]  # for each key, ids of each document
-    empty: int
-    reasons: Counter[str]
-    messages: list[tuple[str, str]]  # (reason, "file:line: detail") of the first errors
-
-
-def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, config: PreprocessConfig) -> TokenizedChunk:
-    """Parse and tokenize the records of a chunk.
-
-    A record whose texts all give no ids is left out; with several keys, one that is empty in some stays (of length 0
-    there), so that document n of each dataset comes from the same record.
-    """
-    reasons: Counter[str] = Counter()
-    messages: list[tuple[str, str]] = []
-    good: list[list[str]] = []
-    for record in parse_records(chunk, config.json_keys):
-        if record.reason is None:
-            good.append(record.texts)
-            continue
-        reasons[record.reason] += 1
-        if reasons[record.reason] <= _MESSAGES_PER_REASON:
-            messages.append((record.reason, f"{chunk.path}:{record.line}: {record.detail}"))
-    if chunk.error is not None:
-        reason = "unreadable rest of a file"
-        reasons[reason] += 1
-        line = chunk.first_line + chunk.data.count(b"\n")
-        messages.append((reason, f"{chunk.path}:{line}: cannot be read from here on: {chunk.error}"))
-    rows = [tokenizer.tokenize_batch([texts[k] for texts in good]) for k in range(len(config.json_keys))]
-    kept = [n for n in range(len(good)) if any(column[n] for column in rows)]
-    end = [tokenizer.eos_id] if config.append_eod else []
-    dtype = optimal_dtype(tokenizer.vocab_size)
-    documents = [[column[n] + end for n in kept] for column in rows]
-    lengths = [np.fromiter(map(len, column), np.int32, len(column)) for column in documents]
-    tokens = [np.fromiter(chain.from_iterable(column), dtype) for column in documents]
-    return TokenizedChunk(tokens, lengths, len(good) - len(kept), reasons, messages)
-
-
 def preprocess(config: PreprocessConfig, log: TextIO | None = None) -> PreprocessStats:
     """Write one dataset for each key of `config.json_keys`, with its manifest and a copy of the tokenizer.
 
@@ -176,43 +145,177 @@ def preprocess(config: PreprocessConfig, log: TextIO | None = None) -> Preproces
 
     Raises:
         UserError: an input, the tokenizer or the output is unusable, a record is (with `on_error` "stop"), or there
-            is no text at all. Nothing is left under the output's names then.
+            is no text at all. Nothing is left under the output's names then. Unfinished files stay, after other errors
+            and signals too, if there is a piece to go on from; a line of `log` tells.
     """
     log = log or sys.stderr
     sources = find_sources(config.input, config.input_format, config.text_sample_by)
     _check_files(config, sources)
     tokenizer = build_tokenizer(config.tokenizer)
-    prefixes = [config.prefix_of(key) for key in config.json_keys]
-    stats = PreprocessStats(prefixes=prefixes)
-    progress = _Progress(sources, stats, config.log_interval, log)
-    dtype = optimal_dtype(tokenizer.vocab_size)
     with ExitStack() as stack:
-        with _signals_wait():
-            writers = [stack.enter_context(IndexedDatasetWriter(p, dtype, config.overwrite)) for p in prefixes]
-        results = _tokenized_chunks(config, sources, tokenizer)
-        stack.callback(results.close)
-        for chunk, result in results:
-            _report_errors(config, result, stats, log)
-            for writer, tokens, lengths in zip(writers, result.tokens, result.lengths, strict=True):
-                writer.add_documents(tokens, lengths)
-            stats.documents += len(result.lengths[0])
-            stats.tokens += sum(map(len, result.tokens))
-            stats.empty += result.empty
-            progress.update(chunk)
-        for key, writer in zip(config.json_keys, writers, strict=True):
-            if writer.num_documents == 0 or writer.num_tokens == 0:
-                raise UserError(_nothing_found(config, key, stats))
-        # All that takes disk space comes before the first old dataset goes.
-        for key, writer in zip(config.json_keys, writers, strict=True):
-            directory = partial_path(_tokenizer_directory(writer.prefix))
-            writer.discards(directory)
-            tokenizer.save(directory)
-            writer.prepare(_manifest(config, key, writer.prefix, tokenizer, sources))
-        with _signals_wait():
-            for writer in writers:
-                _publish(writer)
-    progress.finish()
-    return stats
+        with signals_wait():
+            run = stack.enter_context(_Run(config, sources, tokenizer, log))
+        if not run.is_finished:
+            results = run.results()
+            stack.callback(results.close)
+            for progress, result in results:
+                run.write(progress, result)
+            run.prepare()
+        with signals_wait():
+            run.publish()
+    return run.stats
+
+
+class _Run:
+    """A run of `preprocess`: journal, outputs and statistics. As a context manager, it clears up after an error."""
+
+    def __init__(self, config: PreprocessConfig, sources: list[Source], tokenizer: Tokenizer, log: TextIO) -> None:
+        self._config, self._sources, self._tokenizer, self._log = config, sources, tokenizer, log
+        self._prefixes = [config.prefix_of(key) for key in config.json_keys]
+        goes_on = config.resume and is_publishing(self._prefixes[0])
+        for prefix in self._prefixes:
+            found = manifest_path(prefix) if is_sharded(prefix) else idx_path(prefix)
+            if found.exists() and not config.overwrite and not goes_on:
+                raise UserError(f"{found} exists; give another --output-prefix, or --overwrite to replace it")
+        self._journal = Journal(self._prefixes, _identity(config, sources, tokenizer), config.resume)
+        state = self._journal.state or {}
+        stats = state.get("stats", {})
+        self.stats = PreprocessStats(**{**stats, "skipped": Counter(stats.get("skipped")), "prefixes": self._prefixes})
+        self.is_finished = PUBLISHING in state
+        self._num_shards: list[int | None] = state.get(PUBLISHING, [])
+        self._source, self._position = state.get("source", 0), Position(*state.get("position", START))
+        self._outputs: list[OutputWriter] = []
+        self._progress = _Progress(sources, self.stats, config.log_interval, log)
+        self._piece_written = time.monotonic()
+        try:
+            if not self.is_finished:
+                self._open_outputs(state.get("outputs"))
+        except BaseException:
+            self._end(keep=bool(state))
+            raise
+        if state:
+            self._say(f"resuming after {self.stats.documents:,} documents")
+
+    def _open_outputs(self, states: list[dict[str, Any]] | None) -> None:
+        config, dtype = self._config, optimal_dtype(self._tokenizer.vocab_size)
+        for n, (key, prefix) in enumerate(zip(config.json_keys, self._prefixes, strict=True)):
+            output = OutputWriter(
+                prefix,
+                dtype,
+                self._manifest(key),
+                self._tokenizer,
+                shard_tokens=config.shard_tokens,
+                overwrite=config.overwrite,
+                state=states[n] if states else None,
+            )
+            self._outputs.append(output)
+
+    def _manifest(self, key: str) -> dict[str, Any]:
+        return {
+            "json_key": key,
+            "append_eod": self._config.append_eod,
+            "inputs": [{"name": source.path.name, "bytes": source.size} for source in self._sources],
+            "tokenizer": self._tokenizer.describe(),
+        }
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if error is None:
+            self._end(keep=True)
+            return
+        state = self._journal.state
+        if state is not None:
+            size = sum(unfinished_bytes(output.prefix, output.num_shards) for output in self._outputs)
+            self._say(
+                f"unfinished files are kept ({self._prefixes[0]}*.partial, {size / 1e6:.1f} MB): the same command with "
+                f"--resume goes on after {state['stats']['documents']:,} documents, without it starts over"
+            )
+        elif not isinstance(error, UserError):
+            self._say("nothing unfinished is left")
+        self._end(keep=state is not None)
+
+    def _end(self, keep: bool) -> None:
+        for output in self._outputs:
+            output.close() if keep else output.discard()
+        if not keep:
+            self._journal.remove()
+        self._journal.close()
+
+    def results(self) -> Generator[tuple[Progress, TokenizedChunk], None, None]:
+        """The ids of everything that is still to be done, in order."""
+        config = self._config
+        options = TokenizeOptions(config.tokenizer, config.json_keys, config.append_eod)
+        chunks = Ahead(self._chunks(), _CHUNKS_READ_AHEAD)
+        if config.workers == 1:
+            yield from tokenize_here(chunks, self._tokenizer, options)
+            return
+        workers = Workers(config.workers, options)
+        try:
+            yield from workers.tokenize(chunks)
+        finally:
+            workers.end()
+
+    def _chunks(self) -> Iterator[NumberedChunk]:
+        position = self._position
+        for number in range(self._source, len(self._sources)):
+            for chunk in read_chunks(self._sources[number], start=position, keys=self._config.json_keys):
+                yield NumberedChunk(number, chunk)
+            position = START
+
+    def write(self, progress: Progress, result: TokenizedChunk) -> None:
+        """Append a chunk's documents, and make a piece of what was written since the last one when it is time."""
+        stats = self.stats
+        _report_errors(self._config, result, stats, self._log)
+        for output, tokens, lengths in zip(self._outputs, result.tokens, result.lengths, strict=True):
+            output.add_documents(tokens, lengths)
+        stats.documents += len(result.lengths[0])
+        stats.tokens += sum(map(len, result.tokens))
+        stats.empty += result.empty
+        self._source, self._position = progress.source, progress.end
+        self._progress.update(progress)
+        if time.monotonic() - self._piece_written >= self._config.journal_interval_s:
+            self._journal.add(self._state() | {"outputs": [output.checkpoint() for output in self._outputs]})
+            self._piece_written = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        stats = {name: value for name, value in vars(self.stats).items() if name != "prefixes"}
+        return {"source": self._source, "position": list(self._position), "stats": stats}
+
+    def prepare(self) -> None:
+        """Write all that takes disk space, which comes before the first old dataset goes."""
+        for key, output in zip(self._config.json_keys, self._outputs, strict=True):
+            if output.num_tokens == 0:
+                raise UserError(_nothing_found(self._config, key, self.stats))
+        for output in self._outputs:
+            output.prepare()
+        self._num_shards = [output.num_shards for output in self._outputs]
+
+    def publish(self) -> None:
+        """Give everything its name."""
+        if not self.is_finished:
+            self._journal.add(self._state() | {PUBLISHING: self._num_shards})
+        for key, prefix, num_shards in zip(self._config.json_keys, self._prefixes, self._num_shards, strict=True):
+            publish_output(prefix, num_shards, manifest_of(prefix, self._manifest(key)))
+        self._journal.remove()
+        self._progress.finish()
+
+    def _say(self, line: str) -> None:
+        print(line, file=self._log, flush=True)
+
+
+def _identity(config: PreprocessConfig, sources: list[Source], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides on the bytes of the output, by flag."""
+    return {
+        "--input": [
+            [str(source.path), source.records, source.size, source.path.stat().st_mtime_ns] for source in sources
+        ],
+        "--json-keys": config.json_keys,
+        "--append-eod": config.append_eod,
+        "--shard-tokens": config.shard_tokens,
+        "tokenizer": tokenizer.describe(),
+    }
 
 
 def _check_files(config: PreprocessConfig, sources: list[Source]) -> None:
@@ -232,40 +335,7 @@ def _check_files(config: PreprocessConfig, sources: list[Source]) -> None:
         for output in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
             if output.resolve() in inputs:
                 raise UserError(f"--input {output} would be replaced by the output; give another --output-prefix")
-        require_replaceable(_tokenizer_directory(prefix))
-
-
-def _tokenizer_directory(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + "_tokenizer")
-
-
-def _manifest(
-    config: PreprocessConfig, key: str, prefix: Path, tokenizer: Tokenizer, sources: list[Source]
-) -> dict[str, Any]:
-    return {
-        "json_key": key,
-        "append_eod": config.append_eod,
-        "inputs": [{"name": source.path.name, "bytes": source.size} for source in sources],
-        "tokenizer": tokenizer.describe(),
-        "tokenizer_directory": _tokenizer_directory(prefix).name,
-        "tokenizer_files": {
-            path.name: {"bytes": path.stat().st_size, "crc32": zlib.crc32(path.read_bytes())}
-            for path in sorted(partial_path(_tokenizer_directory(prefix)).iterdir())
-        },
-    }
-
-
-def _publish(writer: IndexedDatasetWriter) -> None:
-    """Put the dataset and its tokenizer, both complete under temporary names, in their places."""
-    directory = _tokenizer_directory(writer.prefix)
-    # The old dataset goes before its tokenizer does: data must never be found beside a tokenizer that is not its own.
-    remove_dataset(writer.prefix)
-    replace_directory(partial_path(directory), directory)
-    try:
-        writer.publish()
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
+        require_replaceable(tokenizer_directory(prefix))
 
 
 def _report_errors(config: PreprocessConfig, result: TokenizedChunk, stats: PreprocessStats, log: TextIO) -> None:
@@ -274,7 +344,7 @@ def _report_errors(config: PreprocessConfig, result: TokenizedChunk, stats: Prep
         raise UserError(f"{result.messages[0][1]}; mend it, or leave such records out with --on-error skip")
     shown: Counter[str] = Counter()
     for reason, message in result.messages:
-        if stats.skipped[reason] + shown[reason] < _MESSAGES_PER_REASON:
+        if stats.skipped[reason] + shown[reason] < MESSAGES_PER_REASON:
             print(f"skipped {message}", file=log, flush=True)
         shown[reason] += 1
     stats.skipped += result.reasons
@@ -288,139 +358,6 @@ def _nothing_found(config: PreprocessConfig, key: str, stats: PreprocessStats) -
     )
 
 
-def _tokenized_chunks(
-    config: PreprocessConfig, sources: list[Source], tokenizer: Tokenizer
-) -> Generator[tuple[tuple[int, Chunk], TokenizedChunk], None, None]:
-    """All chunks in order, each with the number of its source, and their ids."""
-    chunks = ((n, chunk) for n, source in enumerate(sources) for chunk in read_chunks(source))
-    if config.workers == 1:
-        for n, chunk in chunks:
-            yield (n, chunk), tokenize_chunk(chunk, tokenizer, config)
-        return
-    workers = _Workers(config)
-    try:
-        yield from workers.tokenize(chunks)
-    finally:
-        workers.end()
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Signals wait until the block is left. A worker that starts in it inherits that, until `_work`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Signals are handled when the block is left, whichever thread they reach."""
-    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
-        yield
-        return
-    arrived: list[int] = []
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    for number in before:
-        signal.signal(number, lambda number, frame: arrived.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if arrived:
-            signal.raise_signal(arrived[0])
-
-
-class _Workers:
-    """Processes that tokenize chunks, each with a pipe of its own.
-
-    A worker that dies, even in the middle of a result, is the end of its pipe. (The results of a `ProcessPoolExecutor`
-    share one, which then can wait for ever.)
-    """
-
-    def __init__(self, config: PreprocessConfig) -> None:
-        # "spawn": a forked child would inherit the locks of whatever threads the caller runs.
-        context = multiprocessing.get_context("spawn")
-        self._processes: dict[Connection, SpawnProcess] = {}
-        for _ in range(config.workers):
-            ours, theirs = context.Pipe()
-            with _signals_blocked(), theirs:
-                process = context.Process(target=_work, args=(theirs, config), daemon=True)
-                process.start()
-            self._processes[ours] = process
-
-    def tokenize(self, chunks: Iterator[tuple[int, Chunk]]) -> Iterator[tuple[tuple[int, Chunk], TokenizedChunk]]:
-        """The chunks in order, each with its number of the source and its ids."""
-        under_way: deque[tuple[int, Chunk]] = deque()
-        results: dict[int, TokenizedChunk] = {}  # by number of the chunk
-        sent: dict[Connection, deque[int]] = {connection: deque() for connection in self._processes}
-        taken = 0  # results that were given out
-
-        def next_result() -> tuple[tuple[int, Chunk], TokenizedChunk]:
-            nonlocal taken
-            while taken not in results:
-                for connection in wait([connection for connection, numbers in sent.items() if numbers]):
-                    assert isinstance(connection, Connection)
-                    with self._death_reported(connection):
-                        results[sent[connection].popleft()] = connection.recv()
-            taken += 1
-            return under_way.popleft(), results.pop(taken - 1)
-
-        for number, (source, chunk) in enumerate(chunks):
-            idlest = min(sent, key=lambda connection: len(sent[connection]))
-            with self._death_reported(idlest):
-                idlest.send(chunk)
-            sent[idlest].append(number)
-            under_way.append((source, chunk))
-            if len(under_way) >= _CHUNKS_PER_WORKER * len(sent):
-                yield next_result()
-        while under_way:
-            yield next_result()
-
-    def end(self) -> None:
-        """End all processes, whatever they do."""
-        for process in self._processes.values():
-            process.kill()
-        for connection, process in self._processes.items():
-            process.join()
-            connection.close()
-
-    @contextmanager
-    def _death_reported(self, connection: Connection) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, OSError) as error:
-            process = self._processes[connection]
-            process.join(_EXIT_STATUS_WITHIN_S)
-            raise UserError(
-                f"--workers {len(self._processes)}: a worker process died (status {process.exitcode}; out of memory?); "
-                "nothing was written; use fewer"
-            ) from error
-
-
-def _work(connection: Connection, config: PreprocessConfig) -> None:
-    """What a worker process does: for each chunk that comes, send what `tokenize_chunk` gives."""
-    for number in _SIGNALS:  # they are the main process's to handle
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    chunks: SimpleQueue[Chunk] = SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, chunks), daemon=True).start()
-    tokenizer = build_tokenizer(config.tokenizer)
-    while True:
-        connection.send(tokenize_chunk(chunks.get(), tokenizer, config))
-
-
-def _receive(connection: Connection, chunks: SimpleQueue[Chunk]) -> None:
-    """Take chunks as they come, so that the main process never waits to send one; end with it."""
-    try:
-        while True:
-            chunks.put(connection.recv())
-    except (EOFError, OSError):
-        os._exit(1)
-
-
 class _Progress:
     """Plain progress lines: what is done, how fast, and how long the rest will take by bytes of input."""
 
@@ -429,19 +366,19 @@ class _Progress:
         self._before = [sum(sizes[:n]) for n in range(len(sizes))]
         self._total = max(sum(sizes), 1)
         self._stats, self._interval, self._log = stats, log_interval, log
-        self._start = self._last_time = time.monotonic()
-        self._last_documents = 0
+        self._last_time = time.monotonic()
+        self._start = self._last_time - stats.elapsed_s  # of the first run, where this one goes on
+        self._last_documents = stats.documents
 
-    def update(self, position: tuple[int, Chunk]) -> None:
+    def update(self, progress: Progress) -> None:
         """Count a chunk that is written; print when there is something new to say."""
-        source, chunk = position
         stats, now = self._stats, time.monotonic()
-        stats.text_bytes += len(chunk.data)
+        stats.text_bytes += progress.text_bytes
         stats.elapsed_s = now - self._start
         if stats.documents - self._last_documents < self._interval or now - self._last_time < 1.0:
             return
         self._last_documents, self._last_time = stats.documents, now
-        done = min((self._before[source] + chunk.bytes_read) / self._total, 1.0)
+        done = min((self._before[progress.source] + progress.bytes_read) / self._total, 1.0)
         eta = f"{stats.elapsed_s / done * (1.0 - done):.0f} s" if done else "unknown"
         self._print(f"{100 * done:.1f}% | {self._rates()} | ETA {eta}")
 
@@ -456,7 +393,8 @@ class _Progress:
         if left_out:
             self._print("left out: " + ", ".join(left_out))
         for prefix in stats.prefixes:
-            self._print(f"wrote {prefix}.bin, .idx and .json")
+            files = ".json and its shards" if is_sharded(prefix) else ".bin, .idx and .json"
+            self._print(f"wrote {prefix}{files}")
 
     def _rates(self) -> str:
         stats = self._stats

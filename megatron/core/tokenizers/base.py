@@ -9,9 +9,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron.core.errors import UserError
 from megatron.core.file_utils import fsync_directory, make_directory, partial_path, replace_directory, write_durably
@@ -72,6 +75,17 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without special ids."""
+
+    def tokenize_to_arrays(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The ids of `tokenize_batch` as arrays, which takes a part of the time where the library makes no lists.
+
+        Returns:
+            Ids of all texts end to end.  # [sum(lengths)]
+            Ids of each text.  # [len(texts)]
+        """
+        rows = self.tokenize_batch(texts)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
 
     def tokenize_prompts(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that a person wrote for the model: `<extra_id_n>` in one is sentinel n; eos is not appended.
@@ -222,6 +236,19 @@ class Spelling:
             row if spelled.keys().isdisjoint(row) else [i for token in row for i in spelled.get(token, (token,))]
             for row in rows
         ]
+
+    def apply_to_arrays(
+        self, ids: NDArray[np.int32], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The rows without reserved ids; rows end to end, and the length of each."""
+        if not self._spelled or not ids.size:
+            return ids, lengths
+        is_reserved = np.zeros(max(int(ids.max()), *self._spelled) + 1, bool)
+        is_reserved[list(self._spelled)] = True
+        if not is_reserved[ids].any():
+            return ids, lengths
+        rows = self.apply([row.tolist() for row in np.split(ids, np.cumsum(lengths)[:-1])])
+        return np.array([i for row in rows for i in row], np.int32), np.array([len(row) for row in rows], np.int64)
 
 
 def require_replaceable(directory: str | Path) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron.core.errors import UserError
 from megatron.core.tokenizers.base import (
     DEFAULT_EXTRA_IDS,
@@ -75,6 +78,14 @@ class SentencePieceTokenizer(Tokenizer):
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, on one thread."""
         return self._spelling.apply(self._model.encode(texts, out_type=int, num_threads=1))
+
+    def tokenize_to_arrays(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Ids of each text, on one thread, and never as Python numbers."""
+        if not texts or not hasattr(self._model, "encode_as_numpy"):  # older versions
+            return super().tokenize_to_arrays(texts)
+        rows = self._model.encode_as_numpy(texts, num_threads=1)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        return self._spelling.apply_to_arrays(np.concatenate(rows), lengths)
 
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
@@ -262,6 +273,12 @@ class ByteTokenizer(Tokenizer):
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text."""
         return [[byte + self.OFFSET for byte in text.encode()] for text in texts]
+
+    def tokenize_to_arrays(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Ids of each text."""
+        encoded = [text.encode() for text in texts]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.frombuffer(b"".join(encoded), np.uint8).astype(np.int32) + np.int32(self.OFFSET), lengths
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(i - self.OFFSET for i in ids if i >= self.OFFSET).decode(errors="replace")
