@@ -3,6 +3,7 @@
 from collections import defaultdict
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from megatron.core.config import DataConfig
 from megatron.core.datasets.corpus import open_corpus, split_corpus
 from megatron.core.datasets.denoising import DenoisingPlan
 from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter
-from megatron.core.datasets.loader import T5Loader, TensorBatch
+from megatron.core.datasets.loader import Dataset, T5Loader, TensorBatch
+from megatron.core.datasets.packed_documents import PackedDocumentsDataset
 from megatron.core.datasets.t5_dataset import DenoisingDataset, SpecialTokens
 from megatron.core.parallel_state import ParallelContext
 from megatron.training.evaluation import EvaluationResult, evaluate, kinds_of_targets, special_token_mask
@@ -41,16 +43,21 @@ class LossIsTheLabel:
         return batch.labels.clamp(min=0).float()
 
 
-def dataset_of(folder: Path, config: DataConfig) -> DenoisingDataset:
+def dataset_of(folder: Path, config: DataConfig) -> DenoisingDataset | PackedDocumentsDataset:
+    random = np.random.default_rng(0)
+    lengths = random.integers(4, 90, 100) if config.packing == "segments" else [3_000]
     with IndexedDatasetWriter(folder / "corpus", np.uint16) as writer:
-        writer.add_document(np.random.default_rng(0).integers(FIRST_TOKEN, 100, 3_000).astype(np.uint16))
+        for length in lengths:
+            writer.add_document(random.integers(FIRST_TOKEN, 100, length).astype(np.uint16))
         writer.finalize()
     part = split_corpus(open_corpus(folder / "corpus"), (1.0, 0.0, 0.0), "corpus")["train"]
     plan = DenoisingPlan.build(config, len(SPECIAL.sentinel_ids), lambda mode: (MODES[mode],))
+    if config.packing == "segments":
+        return PackedDocumentsDataset([part], plan, SPECIAL, 1, "train", window=32)
     return DenoisingDataset([part], plan, SPECIAL, seed=1)
 
 
-def evaluated(dataset: DenoisingDataset, num_samples: int, microbatches: int) -> EvaluationResult:
+def evaluated(dataset: Dataset, num_samples: int, microbatches: int) -> EvaluationResult:
     loader = T5Loader(dataset, micro_batch_size=4, num_microbatches=2)
     is_special = special_token_mask(SPECIAL, PADDED_VOCAB, torch.device("cpu"))
     model = LossIsTheLabel(microbatches)
@@ -66,7 +73,7 @@ def test_noise_loss_leaves_sentinels_and_end_out(num_samples: int, microbatches:
     result = evaluated(dataset, num_samples, microbatches)
     labels = dataset.batch(np.arange(num_samples)).labels
     noise = labels[(labels >= 2) & (labels < 100)]
-    (window,) = dataset.plan.windows
+    (window,) = dataset.plan.windows  # type: ignore[union-attr]
     assert result.num_targets == labels.size == num_samples * window.targets
     assert result.num_noise_tokens == noise.size == num_samples * window.noise_tokens
     assert result.lm_loss == pytest.approx(labels.mean())
@@ -74,21 +81,29 @@ def test_noise_loss_leaves_sentinels_and_end_out(num_samples: int, microbatches:
     assert result.lm_loss_by_kind == {"span-3-0.15": result.lm_loss}
 
 
+@pytest.mark.parametrize("packing", ["none", "segments"])
 @pytest.mark.parametrize("num_samples", [2, 13, 30])
-def test_losses_of_each_denoiser(num_samples: int, tmp_path: Path) -> None:
+def test_losses_of_each_denoiser(num_samples: int, packing: Literal["none", "segments"], tmp_path: Path) -> None:
     denoisers = ["R:3:0.15:2", "X:8:0.5", "S:prefix:0.25"]
-    dataset = dataset_of(tmp_path, DataConfig(objective="ul2", denoisers=denoisers, encoder_seq_length=64))
+    config = DataConfig(objective="ul2", denoisers=denoisers, encoder_seq_length=64, packing=packing)
+    dataset = dataset_of(tmp_path, config)
     labels_by_mode: dict[int, list[int]] = defaultdict(list)
     for sample in range(num_samples):
         row = dataset.batch(np.array([sample]))
-        labels_by_mode[int(row.encoder_input_ids[0, 0])] += row.labels[row.labels >= 0].tolist()
+        sides = (row.encoder_input_ids, row.encoder_segment_ids), (row.labels, row.decoder_segment_ids)
+        (inputs, of_inputs), (labels, of_labels) = (
+            (ids[0], np.ones_like(ids[0]) if segments is None else segments[0]) for ids, segments in sides
+        )
+        for segment in range(1, of_labels.max() + 1):
+            mode = int(inputs[of_inputs == segment][0])
+            labels_by_mode[mode] += [label for label in labels[of_labels == segment].tolist() if label >= 0]
     names = dict(zip(MODES.values(), dataset.kinds, strict=True))
     for microbatches in (1, 2):
         result = evaluated(dataset, num_samples, microbatches)
         assert result.num_targets == sum(map(len, labels_by_mode.values()))
         assert result.lm_loss_by_kind.keys() == {names[mode] for mode in labels_by_mode}
-        for mode, labels in labels_by_mode.items():
-            assert result.lm_loss_by_kind[names[mode]] == pytest.approx(np.mean(labels))
+        for mode, own in labels_by_mode.items():
+            assert result.lm_loss_by_kind[names[mode]] == pytest.approx(np.mean(own))
         assert result.lm_loss == pytest.approx(np.mean([*chain(*labels_by_mode.values())]))
 
 
