@@ -9,8 +9,10 @@ makes it, the others wait. What a killed process has done is taken up by the nex
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,13 +23,14 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 from megatron.core.config import DataConfig, TokenizerConfig
 from megatron.core.datasets.cache_lock import locked
-from megatron.core.datasets.corpus_reader import Source, find_sources
+from megatron.core.datasets.corpus_sources import HUB_PREFIX, Source, find_sources
 from megatron.core.datasets.indexed_dataset import is_dataset
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
+from megatron.core.datasets.preprocessing_journal import is_publishing
 from megatron.core.errors import UserError
 from megatron.core.file_utils import fsync_directory, make_directory
 from megatron.core.tokenizers import Tokenizer, build_tokenizer
@@ -42,7 +45,9 @@ _TOOLS_OWN = ("--on-error", "--input-format", "--resume", "--overwrite", "--work
 
 
 def is_text(path: str) -> bool:
-    """Whether a value of `--data-path` names text: files that are there, and no dataset."""
+    """Whether a value of `--data-path` names text: files that are there, or a data set of the hub, and no dataset."""
+    if path.startswith(HUB_PREFIX):
+        return True
     if any(is_dataset(Path(prefix)) for prefix in (path, f"{path}_text_document")):
         return False
     return Path(path).exists() or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))  # noqa: PTH207 - absolute patterns too
@@ -59,7 +64,7 @@ def prepare_text(
     """The prefix of the dataset of `path`, which is prepared now unless that was done before.
 
     Args:
-        path: File, directory or glob pattern that `preprocess_data.py --input` takes; one corpus.
+        path: What `preprocess_data.py --input` takes: file, directory, glob pattern, `hf://NAME`; one corpus.
         tokenizer: The flags.
         config: Says under which key texts stand in JSON lines and where caches go.
         workers: Processes that tokenize; None: as many as there are cores, fewer for little text.
@@ -81,7 +86,7 @@ def prepare_text(
         cache = _cache_of(path, sources, built, config)
         if not cache.is_dir():
             options = PreprocessConfig(
-                input=[path],
+                input=[path if path.startswith(HUB_PREFIX) else os.path.abspath(path)],  # noqa: PTH100 - as below
                 output_prefix="",
                 tokenizer=tokenizer,
                 json_keys=[config.text_key],
@@ -100,12 +105,15 @@ def prepare_text(
 
 def _cache_of(path: str, sources: list[Source], tokenizer: Tokenizer, config: DataConfig) -> Path:
     """The directory of the cache."""
-    given = Path(os.path.abspath(path))  # noqa: PTH100 - resolve would lead to where a link points
-    beside = given.parent
-    while glob.has_magic(str(beside)) and not beside.exists():
-        beside = beside.parent
-    # The name of the file, or a pattern's from its first star on, with signs that shells leave alone.
-    name = re.sub(r"[^\w.-]+", "_", str(given.relative_to(beside)))
+    if path.startswith(HUB_PREFIX):
+        beside, name = sources[0].path.parent, path.removeprefix(HUB_PREFIX)
+    else:
+        given = Path(os.path.abspath(path))  # noqa: PTH100 - resolve would lead to where a link points
+        beside = given.parent
+        while glob.has_magic(str(beside)) and not beside.exists():
+            beside = beside.parent
+        name = str(given.relative_to(beside))  # of the file; of a pattern, what stands from its first star on
+    name = re.sub(r"[^\w.-]+", "_", name)  # signs that shells leave alone
     files = []
     for source in sources:
         status = source.path.stat()
@@ -140,20 +148,52 @@ def _prepare(cache: Path, options: PreprocessConfig, name_now: Callable[[], Path
         partial.mkdir(exist_ok=True)
         options.output_prefix = str(partial / _NAME)
         try:
-            preprocess(options, log)
-            if name_now() != cache:
-                raise UserError(f"--input {options.input[0]} was changed while it was read; start again")
-            fsync_directory(partial)
-            try:
-                partial.rename(cache)
-            except OSError:
-                if not cache.is_dir():  # and no other process was first
-                    raise
-                shutil.rmtree(partial)
+            _preprocess(options, cast(TextIO, _TrainersLog(log, partial, cache)))
         except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                partial.rmdir()  # where nothing is left to go on with
             raise
+        if name_now() != cache:
+            shutil.rmtree(partial)
+            raise UserError(f"--input {options.input[0]} was changed while it was read; start again")
+        fsync_directory(partial)
+        try:
+            partial.rename(cache)
+        except OSError:
+            shutil.rmtree(partial)
+            if not cache.is_dir():  # and no other process was first
+                raise
         fsync_directory(cache.parent)
+
+
+def _preprocess(options: PreprocessConfig, log: TextIO) -> None:
+    """Prepare the text, from where a killed process left off."""
+    prefix = options.prefix_of(options.json_keys[0])
+    if is_dataset(prefix) and not is_publishing(prefix):
+        return  # it was killed just before the directory got its name
+    options.resume = True
+    try:
+        preprocess(options, log)
+    except UserError as error:
+        if not str(error).startswith("--resume"):
+            raise
+        options.resume = False  # of another version of this program, or the files were elsewhere
+        preprocess(options, log)
+
+
+class _TrainersLog(io.TextIOBase):
+    """Lines of `preprocess` in the trainer's flags and with the final names."""
+
+    def __init__(self, log: TextIO, partial: Path, cache: Path) -> None:
+        self._log, self._partial, self._cache = log, str(partial), str(cache)
+
+    def write(self, text: str) -> int:
+        """Write a line or a part of one."""
+        return self._log.write(_for_the_trainer(text.replace(self._partial + os.sep, self._cache + os.sep)))
+
+    def flush(self) -> None:
+        """Let what was written be seen."""
+        self._log.flush()
 
 
 def _tell_of_others(cache: Path, log: TextIO) -> None:
@@ -175,4 +215,5 @@ def _for_the_trainer(message: str) -> str:
         flag = found[0]
         return f"tools/preprocess_data.py {flag}" if flag in _TOOLS_OWN else _TRAINERS_NAMES.get(flag, flag)
 
+    message = re.sub(r"with --resume (goes on .*), without it starts over", r"\1", message)
     return re.sub(r"(?<![\w-])--[a-z][a-z-]*", translated, message)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron.core.config import DataConfig, TokenizerConfig
-from megatron.core.datasets import cache_lock, corpus_cache
+from megatron.core.datasets import cache_lock, corpus_cache, table_reader
 from megatron.core.datasets.corpus_cache import is_text, prepare_text
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
@@ -97,6 +97,19 @@ def test_patterns_and_a_place_of_ones_own(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path != pattern.parent) == ["a", "b", "caches"]
 
 
+def test_data_sets_of_the_hub_lie_beside_what_was_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": TEXTS})
+    file = tmp_path / "downloaded.arrow"
+    with pyarrow.ipc.new_stream(str(file), table.schema) as writer:
+        writer.write_table(table)
+    monkeypatch.setattr(table_reader, "hub_files", lambda address: [file])
+    assert is_text("hf://owner/name@train")
+    prefix = prepare("hf://owner/name@train")
+    assert texts_of(prefix) == TEXTS
+    assert prefix.parent.parent == tmp_path and prefix.parent.name.startswith("owner_name_train.")
+
+
 def test_what_is_text(corpus: Path) -> None:
     prefix = prepare(corpus)
     assert is_text(str(corpus)) and is_text(f"{corpus.parent}/*.jsonl") and is_text(str(corpus.parent))
@@ -138,16 +151,18 @@ def test_a_file_that_changes_meanwhile_is_refused(corpus: Path, monkeypatch: pyt
 
 
 PROGRAM = """
-import sys, time
+import functools, sys, time
 from megatron.core.config import DataConfig, TokenizerConfig
 from megatron.core.datasets import cache_lock, corpus_cache, preprocessing
 cache_lock.FIRST_MESSAGE_AFTER_S = 0.05
-write = preprocessing.IndexedDatasetWriter.add_documents
+corpus_cache.PreprocessConfig = functools.partial(preprocessing.PreprocessConfig, journal_interval_s=0)
+preprocessing.read_chunks = functools.partial(preprocessing.read_chunks, chunk_bytes=1000)
+write = preprocessing.OutputWriter.add_documents
 def slowly(*args):
     write(*args)
     print("written", flush=True)
     time.sleep(float(sys.argv[2]))
-preprocessing.IndexedDatasetWriter.add_documents = slowly
+preprocessing.OutputWriter.add_documents = slowly
 bytes = TokenizerConfig(tokenizer_type="ByteTokenizer")
 print(corpus_cache.prepare_text(sys.argv[1], bytes, DataConfig(), workers=1), flush=True)
 """
@@ -159,7 +174,7 @@ def start(corpus: Path, seconds: float) -> subprocess.Popen[str]:
 
 
 def test_one_of_many_processes_makes_it_and_the_others_wait(corpus: Path) -> None:
-    outputs = [process.communicate(timeout=60) for process in [start(corpus, 1.0) for _ in range(4)]]
+    outputs = [process.communicate(timeout=60) for process in [start(corpus, 0.2) for _ in range(4)]]
     assert len({out.split()[-1] for out, _ in outputs}) == 1
     assert [sum(line in err for _, err in outputs) for line in ("preparing ", "done | 50 documents")] == [1, 1]
     assert sum("waiting for process " in err for _, err in outputs) >= 1
@@ -167,10 +182,11 @@ def test_one_of_many_processes_makes_it_and_the_others_wait(corpus: Path) -> Non
     assert cache.suffix == ".cache"
 
 
-def test_what_a_killed_process_leaves_is_never_taken_for_complete(corpus: Path) -> None:
-    killed, waiting = start(corpus, 60.0), None
+def test_what_a_killed_process_leaves_is_not_complete_and_is_gone_on_with(corpus: Path) -> None:
+    killed, waiting = start(corpus, 0.2), None
     try:
-        assert killed.stdout is not None and killed.stdout.readline() == "written\n"
+        assert killed.stdout is not None
+        assert [killed.stdout.readline() for _ in range(3)] == ["written\n"] * 3
         waiting = start(corpus, 0.0)
         time.sleep(0.2)
         assert not list(corpus.parent.glob("*.cache"))
@@ -179,6 +195,21 @@ def test_what_a_killed_process_leaves_is_never_taken_for_complete(corpus: Path) 
         killed.communicate()
     out, err = waiting.communicate(timeout=60)
     assert texts_of(Path(out.split()[-1])) == TEXTS, err
+    assert "resuming after " in err
+    assert sorted(path.suffix for path in corpus.parent.iterdir()) == [".cache", ".jsonl"]
+
+
+def test_a_kill_before_the_last_rename(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: Any) -> None:
+        preprocess(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus_cache, "preprocess", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus)
+    assert not list(corpus.parent.glob("*.cache"))
+    monkeypatch.setattr(corpus_cache, "preprocess", None)
+    assert texts_of(prepare(corpus)) == TEXTS
     assert sorted(path.suffix for path in corpus.parent.iterdir()) == [".cache", ".jsonl"]
 
 
