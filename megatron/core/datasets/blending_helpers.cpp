@@ -22,6 +22,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <list>
 #include <mutex>
 #include <numeric>
 #include <queue>
@@ -78,7 +79,8 @@ class Shares {
   // draw / share.
   Time start(std::size_t dataset, std::int64_t draw) const {
     const Wide product = static_cast<Wide>(total_) * static_cast<std::uint64_t>(draw);
-    return {static_cast<std::int64_t>(product / rates_[dataset]), static_cast<std::uint64_t>(product % rates_[dataset])};
+    const std::uint64_t rate = rates_[dataset];
+    return {static_cast<std::int64_t>(product / rate), static_cast<std::uint64_t>(product % rate)};
   }
 
   // From start(draw) to start(draw + 1).
@@ -248,6 +250,14 @@ class Walk {
     while (now_ < position) next();
   }
 
+  // About how many positions have to be walked to be at `position`.
+  std::int64_t distance(std::int64_t position) const {
+    const std::int64_t block = position / block_length_;
+    if (block_ >= 0 && block == block_ && position >= now_) return position - now_;
+    // Finding the draws before a boundary is at most as much again as a block; the next block's are known.
+    return (block_ >= 0 && block == block_ + 1 ? 2 : 3) * block_length_;
+  }
+
   // Draws of each dataset before the present position.
   const std::vector<std::int64_t>& draws() const { return draws_; }
 
@@ -281,9 +291,8 @@ class Walk {
   std::int64_t block_end() const { return (block_ + 1) * block_length_; }
 
   void enter(std::int64_t block) {
-    // A walk that failed must not go on from a state in between.
-    const bool follows = block == block_ + 1 && block_ >= 0 && now_ == block_end();
-    block_ = -1;
+    const bool follows = block_ >= 0 && block == block_ + 1;
+    block_ = -1;  // a walk that fails must not go on from a state in between
     if (follows) {
       std::swap(draws_, limits_);
     } else {
@@ -351,9 +360,7 @@ class BlendOrder {
   BlendOrder(const Int64Array& rates, std::int64_t least_block)
       : shares_(checked_rates(rates)),
         // Blocks and their window-long surroundings are what finding a far position takes.
-        block_length_(std::max(least_block, shares_.longest_window() + 1)),
-        drawing_(shares_, block_length_),
-        counting_(shares_, block_length_) {
+        block_length_(std::max(least_block, shares_.longest_window() + 1)) {
     require(least_block >= 1 && least_block <= kMostWindow, "least_block must lie between 1 and 2^28");
   }
 
@@ -375,13 +382,14 @@ class BlendOrder {
       if (!std::is_sorted(from, from + count)) {
         std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return from[a] < from[b]; });
       }
-      const std::lock_guard<std::mutex> lock(drawing_mutex_);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      Walk* walk = count == 0 ? nullptr : &nearest(from[order.front()]);
       std::pair<std::int32_t, std::int64_t> found;
       for (std::size_t n = 0; n < count; ++n) {
         const std::size_t i = order[n];
         if (n == 0 || from[i] != from[order[n - 1]]) {
-          drawing_.seek(from[i]);
-          found = drawing_.next();
+          walk->seek(from[i]);
+          found = walk->next();
         }
         std::tie(dataset[i], draw[i]) = found;
       }
@@ -395,9 +403,10 @@ class BlendOrder {
     std::int64_t* to = result.mutable_data();
     {
       py::gil_scoped_release without_gil;
-      const std::lock_guard<std::mutex> lock(counting_mutex_);
-      counting_.seek(position);
-      std::copy(counting_.draws().begin(), counting_.draws().end(), to);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      Walk& walk = nearest(position);
+      walk.seek(position);
+      std::copy(walk.draws().begin(), walk.draws().end(), to);
     }
     return result;
   }
@@ -407,11 +416,25 @@ class BlendOrder {
     require(position >= 0 && position < kMostPosition, "positions must lie between 0 and 2^62");
   }
 
+  // The walk that is soonest at `position`; of equal ones that which was not used for longest. It becomes the first.
+  Walk& nearest(std::int64_t position) {
+    if (walks_.empty()) {
+      for (int n = 0; n < kWalks; ++n) walks_.emplace_back(shares_, block_length_);
+    }
+    auto best = walks_.begin();
+    for (auto walk = walks_.begin(); walk != walks_.end(); ++walk) {
+      if (walk->distance(position) <= best->distance(position)) best = walk;
+    }
+    walks_.splice(walks_.begin(), walks_, best);
+    return walks_.front();
+  }
+
+  // So that readers at several places (batches are made ahead, epochs are counted behind) do not send each other back.
+  static constexpr int kWalks = 4;
   const Shares shares_;
   const std::int64_t block_length_;
-  // Two, so that counting, which is behind the drawing of batches ahead, does not send it back to its block's beginning.
-  Walk drawing_, counting_;
-  std::mutex drawing_mutex_, counting_mutex_;
+  std::list<Walk> walks_;
+  std::mutex mutex_;
 };
 
 }  // namespace

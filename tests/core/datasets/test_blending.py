@@ -20,8 +20,14 @@ from numpy.typing import NDArray
 from megatron.core.config import DataConfig
 from megatron.core.datasets.blending import Blend, CorpusSpec, blend_rates, corpora_of, unimax
 from megatron.core.datasets.blending_helpers import BlendOrder
+from megatron.core.datasets.corpus import CorpusRange
+from megatron.core.datasets.denoising import DenoisingPlan
+from megatron.core.datasets.loader import T5Loader
+from megatron.core.datasets.t5_dataset import DenoisingDataset, SpecialTokens
 from megatron.core.errors import UserError
+from tests.denoising import in_memory, plan_for
 
+SPECIAL = SpecialTokens(9_100, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=tuple(range(9_099, 8_999, -1)))
 # The least is above a 10,000th of the sum, so that no walk is long; unit makes the arithmetic wide.
 RATES = st.builds(
     lambda unit, rates: [unit * rate for rate in rates],
@@ -101,6 +107,71 @@ def test_the_sequence_does_not_depend_on_how_far_one_asks(rates: list[int], cuts
 
 
 @settings(max_examples=30, deadline=None)
+@given(
+    rates=st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=40),
+)
+def test_readers_at_several_places_do_not_disturb_each_other(rates: list[int], steps: list[tuple[int, int]]) -> None:
+    order, places = BlendOrder(np.array(rates), least_block=1), [0, 7, 50, 300, 2000, 5]
+    expected = BlendOrder(np.array(rates), least_block=1).draws(np.arange(4000))
+    for reader, count in steps:
+        positions = np.arange(places[reader], places[reader] + count)
+        places[reader] += count
+        for found, wanted in zip(order.draws(positions), expected, strict=True):
+            assert np.array_equal(found, wanted[positions])
+        assert order.counts(places[reader]).sum() == places[reader]
+
+
+def parts_and_plan() -> tuple[list[CorpusRange], DenoisingPlan]:
+    """Corpora of distinct ids, of 15, 40 and 70 windows."""
+    plan = plan_for(DataConfig(encoder_seq_length=32), SPECIAL)
+    window = plan.windows[0].raw
+    bounds = 11 + window * np.cumsum([0, 15, 40, 70])
+    return [in_memory(np.arange(low, high, dtype=np.int32)) for low, high in itertools.pairwise(bounds)], plan
+
+
+def test_an_epoch_of_a_blend_reads_every_token_once() -> None:
+    parts, plan = parts_and_plan()
+    dataset = DenoisingDataset(parts, plan, SPECIAL, 0, "train", blend=Blend([15, 40, 70]))
+    for epoch in range(2):
+        windows = [dataset.tokens_of(125 * epoch + n)[0] for n in range(125)]
+        # Windows begin somewhere in each ring, so that one may hold the ends of a corpus.
+        assert np.array_equal(
+            np.sort(np.concatenate(windows)), np.concatenate([part.corpus.pieces[0] for part in parts])
+        )
+    assert dataset.epochs(250) == [2.0, 2.0, 2.0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rates=st.lists(st.integers(1, 100), min_size=3, max_size=3),
+    first_step=st.integers(0, 40),
+    layout=st.sampled_from([(1, 12, 1), (2, 2, 3), (3, 1, 4), (1, 1, 12)]),
+)
+def test_resumed_blends_have_the_same_samples_on_any_number_of_ranks(
+    rates: list[int], first_step: int, layout: tuple[int, int, int]
+) -> None:
+    """Also in the middle of the corpora's epochs, of which the smallest has several here."""
+    parts, plan = parts_and_plan()
+    undisturbed = DenoisingDataset(parts, plan, SPECIAL, 0, "train", blend=Blend(rates))
+    micro_batch_size, num_microbatches, dp_size = layout
+    resumed = [
+        T5Loader(
+            DenoisingDataset(parts, plan, SPECIAL, 0, "train", blend=Blend(rates)),
+            micro_batch_size, num_microbatches, dp_rank, dp_size,
+        )
+        for dp_rank in range(dp_size)
+    ]  # fmt: skip
+    for step in range(first_step, first_step + 3):
+        whole = undisturbed.batch(np.arange(12 * step, 12 * step + 12))
+        for loader in resumed:
+            mine = loader.sample_ids(12 * step).reshape(-1) - 12 * step
+            batch = loader.step_batch(12 * step)
+            assert np.array_equal(batch.encoder_input_ids.numpy(), whole.encoder_input_ids[mine])
+            assert np.array_equal(batch.labels.numpy(), whole.labels[mine])
+
+
+@settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8), epoch=st.integers(0, 10**9))
 def test_an_epoch_of_rates_that_are_sizes_holds_every_sample_once(sizes: list[int], epoch: int) -> None:
     total = sum(sizes)
@@ -167,6 +238,10 @@ def test_wrong_positions_throw() -> None:
         blend.draws(np.zeros((2, 2), np.int64))
     with pytest.raises(ValueError, match="least_block"):
         BlendOrder(np.array([1]), least_block=0)
+    for positions in (np.array([0.5]), np.array(["0"]), np.array([None]), None, "0"):
+        with pytest.raises((TypeError, ValueError)):
+            blend.draws(positions)  # type: ignore[arg-type]
+    assert np.array_equal(blend.draws(np.arange(30)[::-3])[0], blend.draws(np.arange(30))[0][::-3])
     assert blend.draws(np.array([2**62 - 1]))[0].size == 1
     assert blend.draws(np.array([], np.int64))[0].size == 0
 
