@@ -1,9 +1,10 @@
-"""Samples a second on one core: span corruption here, as a numpy collator, and in Megatron-LM's T5 dataset.
+"""Samples a second on one core: all objectives here, span corruption as a numpy collator and in Megatron-LM's dataset.
 
-All contenders read the same indexed dataset of random ids, whose documents have 600 tokens each: what suits
-Megatron-LM best, which makes one sample of the first 510 tokens of a document. They take turns, round after
-round; a row is a median over the rounds. Times are CPU time of the (single-threaded) process that does the work,
-so that neighbours on the machine disturb little. Prints one JSON object a row.
+All but the packed rows read the same indexed dataset of random ids, whose documents have 600 tokens each: what suits
+Megatron-LM best, which makes one sample of the first 510 tokens of a document. Rows are packed from documents of 20 to
+400 tokens. The contenders take turns, round after round; a row is a median over the rounds. Times are CPU time of the
+(single-threaded) process that does the work, so that neighbours on the machine disturb little. Prints one JSON object a
+row; what a peer could not be measured for is a row too.
 
     python benchmarks/span_corruption.py [--output benchmarks/results/span_corruption.jsonl]
 """
@@ -28,14 +29,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.core.config import DataConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron.core.datasets.t5_dataset import SpanCorruptionDataset, SpecialTokens
+from megatron.core.datasets.corpus import Corpus, CorpusRange, open_corpus, split_corpus
+from megatron.core.datasets.denoising import DenoisingPlan
+from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter
+from megatron.core.datasets.loader import Dataset
+from megatron.core.datasets.packed_documents import PackedDocumentsDataset
+from megatron.core.datasets.t5_dataset import DenoisingDataset, SpecialTokens
 
-VOCAB_SIZE = 32_100
+TEXT_IDS = 32_000  # below them the ids of the corpora, above them sentinels
+VOCAB_SIZE = TEXT_IDS + 100
 SPECIAL = SpecialTokens(
-    VOCAB_SIZE, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=tuple(range(32_099, 31_999, -1))
+    VOCAB_SIZE, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=tuple(range(VOCAB_SIZE - 1, TEXT_IDS - 1, -1))
+)
+# UL2's densest denoiser has 128 spans.
+MANY_SENTINELS = SpecialTokens(
+    TEXT_IDS + 200, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=tuple(range(TEXT_IDS + 199, TEXT_IDS - 1, -1))
 )
 DOCUMENT_TOKENS = 600
+SHORT_DOCUMENTS = (20, 400)
 MEGATRON_DECODER_LENGTH = 128  # Megatron-LM's published setting; its targets vary in length, 114 would not hold them
 
 
@@ -68,18 +79,23 @@ class Contender:
         }
 
 
-def write_corpus(prefix: Path, num_tokens: int) -> IndexedDataset:
-    """An indexed dataset of random ids below the sentinels."""
+def write_corpus(prefix: Path, num_tokens: int, shortest: int, longest: int) -> Corpus:
+    """An indexed dataset of random ids below the sentinels, in documents of these lengths."""
     rng = np.random.default_rng(0)
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for _ in range(num_tokens // DOCUMENT_TOKENS // 1000):
-            tokens = rng.integers(5, 32_000, 1000 * DOCUMENT_TOKENS, dtype=np.uint16)
-            writer.add_documents(tokens, np.full(1000, DOCUMENT_TOKENS))
+        for _ in range(num_tokens // 600_000):
+            lengths = rng.integers(shortest, longest, 1_200_000 // (shortest + longest), endpoint=True)
+            writer.add_documents(rng.integers(5, TEXT_IDS, lengths.sum(), dtype=np.uint16), lengths)
         writer.finalize()
-    return IndexedDataset(prefix)
+    return open_corpus(prefix)
 
 
-def ours(dataset: SpanCorruptionDataset, batch_size: int, samples_per_round: int) -> Contender:
+def whole(corpus: Corpus) -> CorpusRange:
+    """All documents."""
+    return split_corpus(corpus, (1.0, 0.0, 0.0), str(corpus.prefix))["train"]
+
+
+def ours(name: str, dataset: Dataset, batch_size: int, samples_per_round: int) -> Contender:
     """The public interface, arrays allocated anew for each batch."""
     consumed = 0
 
@@ -91,16 +107,40 @@ def ours(dataset: SpanCorruptionDataset, batch_size: int, samples_per_round: int
         consumed += count
         return time.process_time() - began
 
+    rows = dataset.batch(np.arange(4096))
+    text = sum(np.count_nonzero((ids >= 5) & (ids < TEXT_IDS)) for ids in (rows.encoder_input_ids, rows.labels))
     facts = {
         "batch_size": batch_size,
         "encoder_length": dataset.encoder_length,
         "decoder_length": dataset.decoder_length,
-        "encoder_padding": 0.0,
-        "decoder_padding": 0.0,
-        "raw_tokens_per_sample": dataset.lengths.raw,
-        "row_bytes_per_sample": 4 * (dataset.encoder_length + 2 * dataset.decoder_length),
+        "encoder_padding": float((rows.encoder_input_ids == SPECIAL.pad_id).mean()),
+        "decoder_padding": float((rows.labels < 0).mean()),
+        "raw_tokens_per_sample": text / 4096,
+        "row_bytes_per_sample": sum(ids.nbytes for ids in rows if ids is not None) // 4096,
     }
-    return Contender("megatron-t5", samples_per_round, run, facts)
+    return Contender(f"megatron-t5, {name}", samples_per_round, run, facts)
+
+
+def our_objectives(corpus: Corpus, short: Corpus) -> list[Contender]:
+    """A row for each objective."""
+
+    def dataset(**flags: Any) -> Dataset:
+        config = DataConfig(encoder_seq_length=512, **flags)
+        special = MANY_SENTINELS if config.objective == "ul2" else SPECIAL
+        plan = DenoisingPlan.build(config, len(special.sentinel_ids), lambda mode: (2 + len(mode) % 3,))
+        if config.packing == "segments":
+            return PackedDocumentsDataset([whole(short)], plan, special, 0, "train")
+        return DenoisingDataset([whole(corpus)], plan, special, 0, "train")
+
+    spans = dataset()
+    return [
+        ours("span corruption", spans, batch_size=128, samples_per_round=128 * 1000),
+        ours("span corruption", spans, batch_size=8, samples_per_round=8 * 4000),
+        ours("UL2", dataset(objective="ul2"), batch_size=128, samples_per_round=128 * 500),
+        ours("prefix LM, pairs", dataset(objective="prefix-lm"), batch_size=128, samples_per_round=128 * 500),
+        ours("span corruption, packed", dataset(packing="segments"), batch_size=128, samples_per_round=128 * 200),
+        ours("UL2, packed", dataset(objective="ul2", packing="segments"), batch_size=128, samples_per_round=128 * 200),
+    ]
 
 
 # The collator of Hugging Face's run_t5_mlm_flax.py as an algorithm: per example, two shuffled boolean vectors give
@@ -131,9 +171,9 @@ def replace_spans(tokens: NDArray[np.int64], mask: NDArray[np.bool_]) -> NDArray
     return np.concatenate([rows, np.full((len(rows), 1), SPECIAL.eos_id)], axis=1)
 
 
-def numpy_collator(dataset: SpanCorruptionDataset, tokens: NDArray[Any], batch_size: int, count: int) -> Contender:
+def numpy_collator(plan: DenoisingPlan, tokens: NDArray[Any], batch_size: int, count: int) -> Contender:
     """A batch at a time, from windows at random places of the corpus."""
-    raw, _, _, noise, spans = dataset.lengths
+    raw, _, _, noise, spans = plan.windows[0]
     rng = np.random.RandomState(0)  # the generator that the script uses
 
     def batch() -> None:
@@ -144,8 +184,8 @@ def numpy_collator(dataset: SpanCorruptionDataset, tokens: NDArray[Any], batch_s
         labels = replace_spans(windows, ~mask)
         decoder = np.empty_like(labels)
         decoder[:, 0], decoder[:, 1:] = SPECIAL.decoder_start_id, labels[:, :-1]
-        assert encoder.shape[1] == dataset.encoder_length
-        assert labels.shape[1] == dataset.decoder_length
+        assert encoder.shape[1] == plan.encoder_length
+        assert labels.shape[1] == plan.decoder_length
 
     def run(count: int) -> float:
         began = time.process_time()
@@ -154,9 +194,9 @@ def numpy_collator(dataset: SpanCorruptionDataset, tokens: NDArray[Any], batch_s
         return time.process_time() - began
 
     facts = {
-        "batch_size": batch_size, "encoder_length": dataset.encoder_length, "decoder_length": dataset.decoder_length,
+        "batch_size": batch_size, "encoder_length": plan.encoder_length, "decoder_length": plan.decoder_length,
         "encoder_padding": 0.0, "decoder_padding": 0.0,
-        "raw_tokens_per_sample": raw, "row_bytes_per_sample": 8 * (dataset.encoder_length + 2 * dataset.decoder_length),
+        "raw_tokens_per_sample": raw, "row_bytes_per_sample": 8 * (plan.encoder_length + 2 * plan.decoder_length),
     }  # fmt: skip
     return Contender("numpy collator (algorithm of run_t5_mlm_flax.py)", count, run, facts)
 
@@ -211,28 +251,26 @@ def cpu_model() -> str:
 def measure(folder: Path, num_tokens: int, rounds: int) -> list[dict[str, Any]]:
     """All rows, ours first."""
     prefix = folder / "corpus"
-    indexed = write_corpus(prefix, num_tokens)
+    corpus = write_corpus(prefix, num_tokens, DOCUMENT_TOKENS, DOCUMENT_TOKENS)
+    short = write_corpus(folder / "short", num_tokens // 4, *SHORT_DOCUMENTS)
     config = DataConfig(encoder_seq_length=512)
-    dataset = SpanCorruptionDataset(indexed.tokens, (0, indexed.num_tokens), SPECIAL, config, seed=0, name="train")
-    contenders = [
-        ours(dataset, batch_size=128, samples_per_round=128 * 1000),
-        ours(dataset, batch_size=8, samples_per_round=8 * 4000),
-        numpy_collator(dataset, indexed.tokens, batch_size=128, count=128 * 16),
-    ]
+    plan = DenoisingPlan.build(config, len(SPECIAL.sentinel_ids))
+    contenders = our_objectives(corpus, short)
+    peers = [numpy_collator(plan, corpus.pieces[0], batch_size=128, count=128 * 16)]
     missing: list[dict[str, Any]] = []
     with ExitStack() as stack:
         try:
-            contenders.append(stack.enter_context(megatron(prefix, config.encoder_seq_length, samples_per_round=80)))
+            peers.append(stack.enter_context(megatron(prefix, config.encoder_seq_length, samples_per_round=80)))
         except MegatronUnavailableError as error:
             missing.append({"name": "Megatron-LM T5MaskedWordPieceDataset", "stopped_at": str(error)})
         for _ in range(rounds + 1):
-            for contender in contenders:
+            for contender in contenders + peers:
                 contender.round()
-    rows = []
-    for contender in contenders:
+    for contender in contenders + peers:
         del contender.rates[0]  # the warm-up
-        rows.append(contender.row())
-        rows[-1]["ours_is_faster_by"] = round(rows[0]["samples_per_s"] / rows[-1]["samples_per_s"], 2)
+    rows = [contender.row() for contender in contenders]
+    best = rows[0]["samples_per_s"]
+    rows += [row | {"ours_is_faster_by": round(best / row["samples_per_s"], 2)} for row in (p.row() for p in peers)]
     return rows + missing
 
 

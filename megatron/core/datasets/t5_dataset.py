@@ -156,7 +156,7 @@ class DenoisingDataset:
                     "use more text, another --split or a smaller --encoder-seq-length"
                 )
         ranges = np.array([part.tokens for part in parts], np.int64)
-        keys = [_dataset_key(seed, f"{name}/{index}" if blend else name) for index in range(len(parts))]
+        keys = [_dataset_key(seed, name if blend is None else f"{name}/{index}") for index in range(len(parts))]
         self.blend = blend
         self._windows_a_row = 2 if plan.paired else 1
         # Rows that are not full need segment ids, which keep the model from attending to padding.
