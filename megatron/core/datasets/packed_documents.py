@@ -43,7 +43,7 @@ PHASES = 8
 GROUP_BLOCKS = 64
 """Blocks whose rows are mixed. The parts of a blend, which mixes their rows already, share them."""
 
-_DOCUMENTS_AT_A_TIME = 1 << 17  # when rows are counted: 8 MiB of memory
+_DOCUMENTS_AT_A_TIME = 1 << 16  # when rows are counted: 8 MiB of memory
 _THREADS = 4  # which count
 
 _Item = TypeVar("_Item")
@@ -216,8 +216,8 @@ class DocumentRows:
             starts = self._part.corpus.document_starts(begin, end)
             examples, _ = self._examples(_Blocks(block, np.array([0, end - begin]), starts), epoch % self._phases)
             parts.append(examples)
+            self._part.corpus.release_index()  # each time: the system maps megabytes around what is read
             bounds.append(bounds[-1] + examples.starts.size)
-        self._part.corpus.release_index()
         examples = _concatenated(parts)
         rows, counts = packing_helpers.first_fit(self._lengths(examples), np.array(bounds), self._capacities)
         rows = np.repeat(np.cumsum(counts) - counts, np.diff(bounds)) + rows  # counted from the start of the group
