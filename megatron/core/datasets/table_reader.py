@@ -112,7 +112,8 @@ def _parquet_batches(
     pyarrow: Any, path: Path, chunk_bytes: int, skip: int, keys: Sequence[str]
 ) -> Iterator[tuple[Any, float]]:
     # Without pre-buffering and with a small buffer, pages are read as they are needed, not whole row groups.
-    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    options = {"buffer_size": 1 << 20, "pre_buffer": False, "page_checksum_verification": True}
+    with pyarrow.parquet.ParquetFile(path, **options) as file:
         metadata, done = file.metadata, 0
         columns = [name for name in file.schema_arrow.names if name in keys]
         for group in range(metadata.num_row_groups):
