@@ -15,7 +15,7 @@ setup(
             cxx_std=17,
             extra_compile_args=["-O3"],
         )
-        for name in ("blending_helpers", "file_mapping", "helpers", "packing_helpers")
+        for name in ("blending_helpers", "checksum_helpers", "file_mapping", "helpers", "packing_helpers")
     ],
     cmdclass={"build_ext": build_ext},
 )

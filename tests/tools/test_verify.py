@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron.core.config import TokenizerConfig
+from megatron.core.datasets.checksum_helpers import crc32
 from megatron.core.datasets.checksums import combined_crc32
 from megatron.core.datasets.corpus import publish_sharded
 from megatron.core.datasets.indexed_dataset import (
@@ -202,6 +203,18 @@ def test_damage_far_inside_is_found_by_all_threads(verify: Verify, tmp_path: Pat
 def test_checksums_combine(sizes: tuple[int, int]) -> None:
     first, second = (np.random.default_rng(0).bytes(size) for size in sizes)
     assert combined_crc32(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_checksums_are_those_of_zlib(portable: bool) -> None:
+    content, start = np.random.default_rng(0).bytes(70_000), 0x1234567
+    for size in [*range(200), 4096, 65_537, len(content) - 5]:
+        part = memoryview(content)[5 : 5 + size]
+        assert crc32(part, start, portable=portable) == zlib.crc32(part, start), size
+    with pytest.raises((BufferError, ValueError)):
+        crc32(np.zeros((4, 4))[:, 1], portable=portable)
+    with pytest.raises(TypeError):
+        crc32("text", portable=portable)
 
 
 @pytest.mark.parametrize(

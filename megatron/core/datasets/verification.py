@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from megatron.core.datasets.checksum_helpers import crc32
 from megatron.core.datasets.checksums import combined_crc32
 from megatron.core.datasets.corpus import Corpus, open_corpus
 from megatron.core.datasets.indexed_dataset import (
@@ -35,7 +35,7 @@ from megatron.core.datasets.indexed_dataset import (
 from megatron.core.errors import UserError
 from megatron.core.tokenizers import load_tokenizer
 
-_BLOCK_BYTES = 1 << 18  # stays in the processor's cache between checksum and scan; a multiple of every dtype's size
+_BLOCK_BYTES = 1 << 19  # stays in the processor's cache between checksum and scan; a multiple of every dtype's size
 _PART_BYTES = 1 << 23  # that a thread takes at a time
 _PART_ENTRIES = 1 << 18  # of the index
 _THREADS = min(max(4, os.cpu_count() or 1), 32)  # more than processors, since some of them wait for the disk
@@ -206,7 +206,7 @@ def _checksum(path: Path, pool: ThreadPoolExecutor | None = None) -> int:
         def work(start: int, stop: int) -> tuple[int, int]:
             checksum = 0
             for block in file.blocks(start, stop):
-                checksum = zlib.crc32(block, checksum)
+                checksum = crc32(block, checksum)
             return checksum, stop - start
 
         if pool is None:
@@ -325,7 +325,7 @@ def _verify_ids(dataset: IndexedDataset, vocab_size: int | None, pool: ThreadPoo
         def work(start: int, stop: int) -> tuple[int, int]:
             checksum, at = 0, start
             for block in file.blocks(start, stop):
-                checksum = zlib.crc32(block, checksum)
+                checksum = crc32(block, checksum)
                 ids = np.frombuffer(block, dataset.dtype)
                 if ids.max() > last_id or (signed and ids.min() < 0):
                     bad = _first((ids < 0) | (ids > last_id))
