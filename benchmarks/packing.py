@@ -3,8 +3,10 @@
 Lengths of inputs are log-normal, cut at the row; targets are about a quarter as long; documents have one length.
 `first_fit` is the planner alone, `plain` the same in a few lines of numpy, `next_fit` has one open row at a time, as
 seqio's packing. `resume` is all that finding a row in a mixture of tasks takes for each example before it: mixture,
-shuffle, lengths and plan. Times are CPU time of the one thread, the best of several rounds, so that neighbours on the
-machine disturb little. Prints one JSON object a row.
+shuffle, lengths and plan. `packed_documents` is a corpus of documents with an
+objective: what opening it takes for each document, rows made from the files to the batch, and how full they are; `alone`
+is the fill rate with one document a row. Times are CPU time of all threads, the best of several rounds, so that
+neighbours on the machine disturb little. Prints one JSON object a row.
 
     python benchmarks/packing.py [--output benchmarks/results/packing.jsonl]
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 from span_corruption import cpu_model
 
+from megatron.core.config import DataConfig
 from megatron.core.datasets import packing_helpers
+from megatron.core.datasets.corpus import open_corpus, split_corpus
+from megatron.core.datasets.denoising import DenoisingPlan
+from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter
 from megatron.core.datasets.mixture import Mixture
+from megatron.core.datasets.packed_documents import PackedDocumentsDataset
 from megatron.core.datasets.packing import PackedRows
+from megatron.core.datasets.t5_dataset import SpecialTokens
 
 ROUNDS = 5
 CAPACITIES = (512, 128)
@@ -117,6 +126,39 @@ def resume_row(window: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def document_rows(count: int) -> list[dict[str, Any]]:
+    """A row for each objective: documents of about 90 tokens in rows of 512 encoder tokens."""
+    rng = np.random.default_rng(0)
+    lengths = (60 * rng.lognormal(0, 0.9, count)).astype(np.int64)
+    special = SpecialTokens(32_100, 0, 1, 0, tuple(range(32_099, 31_899, -1)))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder, "documents")
+        with IndexedDatasetWriter(prefix, np.uint16) as writer:
+            writer.add_documents(rng.integers(2, 31_000, lengths.sum(), np.uint16), lengths)
+            writer.finalize()
+        part = split_corpus(open_corpus(prefix), (1, 0, 0), "documents")["train"]
+        batches = np.arange(4096).reshape(-1, 64)
+        for objective in ("span-corruption", "ul2", "prefix-lm"):
+            plan = DenoisingPlan.build(DataConfig(objective=objective, packing="segments"), len(special.sentinel_ids))
+            seconds, dataset = best_time_s(
+                lambda plan=plan: PackedDocumentsDataset([part], plan, special, 0, "train"), ROUNDS
+            )
+            read_s, read = best_time_s(lambda dataset=dataset: [dataset.batch(ids) for ids in batches], ROUNDS)
+            segments = sum(int(batch.encoder_segment_ids.max(axis=1).sum()) for batch in read)
+            rows.append({
+                "name": "packed_documents", "objective": objective, "documents": count, "window": 4096,
+                "encoder_length": dataset.encoder_length, "decoder_length": dataset.decoder_length,
+                "opened_documents_per_s": round(count / seconds), "rows_per_s": round(batches.size / read_s),
+                "documents_per_row": round(segments / batches.size, 2),
+                "encoder_fill_rate": round(dataset.fill_rates[0], 4),
+                "decoder_fill_rate": round(dataset.fill_rates[1], 4),
+                "fill_rate": round(dataset.fill_rate, 4),
+                "alone_fill_rate": round(dataset.fill_rate * batches.size / segments, 4),
+            })  # fmt: skip
+    return rows
+
+
 def main() -> None:
     """Print the rows, and write them where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,6 +170,7 @@ def main() -> None:
         rows += planner_rows(name, draw_lengths(median, args.examples), CAPACITIES)
     rows += planner_rows("documents", draw_lengths(120, args.examples, axes=1), CAPACITIES[:1])
     rows.append(resume_row(4096))
+    rows += document_rows(args.examples)
     setting = {
         "benchmark": "packing", "capacities": CAPACITIES, "machine": {"cpu": cpu_model(), "cores_used": 1},
         "python": platform.python_version(), "numpy": np.__version__,
