@@ -65,9 +65,9 @@ def test_parquet(tmp_path: Path, kind: str) -> None:
 
 def test_arrow_files_and_streams(tmp_path: Path) -> None:
     write_stream(tmp_path / "a.arrow", table(TEXTS))
-    with pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as file:
-        with pyarrow.ipc.new_file(file, table(TEXTS).schema) as writer:
-            writer.write_table(table(TEXTS), 77)
+    path, content = str(tmp_path / "b.arrow"), table(TEXTS)
+    with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_file(file, content.schema) as writer:
+        writer.write_table(content, 77)
     for name in "ab":
         run(tmp_path / f"{name}.arrow", tmp_path / name)
         assert texts_of(tmp_path / name) == TEXTS
