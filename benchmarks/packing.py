@@ -3,10 +3,10 @@
 Lengths of inputs are log-normal, cut at the row; targets are about a quarter as long; documents have one length.
 `first_fit` is the planner alone, `plain` the same in a few lines of numpy, `next_fit` has one open row at a time, as
 seqio's packing. `resume` is all that finding a row in a mixture of tasks takes for each example before it: mixture,
-shuffle, lengths and plan. `packed_documents` is a corpus of documents with an
-objective: what opening it takes for each document, rows made from the files to the batch, and how full they are; `alone`
-is the fill rate with one document a row. Times are CPU time of all threads, the best of several rounds, so that
-neighbours on the machine disturb little. Prints one JSON object a row.
+shuffle, lengths and plan. `packed_documents` is a corpus of documents with an objective: what opening it takes for each
+document, rows made from the files to the batch, and how full they are; `alone` is the fill rate of one document a row.
+Times are CPU time of all threads, the best of several rounds, so that neighbours on the machine disturb little. Prints
+one JSON object a row.
 
     python benchmarks/packing.py [--output benchmarks/results/packing.jsonl]
 """
