@@ -22,18 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron.core.config import DataConfig, TokenizerConfig
+from megatron.core.config import TokenizerConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
-from megatron.core.datasets.t5_dataset import SpecialTokens, build_datasets
-from megatron.training.corpora import resolve_tokenizer
+from megatron.core.datasets.t5_dataset import DenoisingDataset
+from megatron.training.arguments import parse_args
+from megatron.training.corpora import open_corpora
 from tests.corpora import write_prose
 from tests.programs import load_program
 from tests.reliability.forked import outcome_in_child
 
 VERIFY = Path(__file__).resolve().parents[2] / "tools" / "verify.py"
 EPOCHS = 3
-DATA = DataConfig(split="80,10,10", encoder_seq_length=64)
+FLAGS = ["--preset", "t5-v1_1-small", "--split", "80,10,10", "--encoder-seq-length", "64", "--seed", "1"]
 HEADER_FIELDS = {"magic": 0, "version": 9, "dtype": 17, "sequences": 18, "documents": 26, "lengths": 34}
 
 Damage = Callable[[Path], None]
@@ -62,12 +63,10 @@ def make_datasets(folder: Path) -> dict[str, Path]:
 
 def read_as_training_does(prefix: Path) -> str:
     """A digest of all samples of three epochs of the three splits."""
-    indexed = IndexedDataset(prefix)
-    special = SpecialTokens.from_tokenizer(resolve_tokenizer(indexed, TokenizerConfig()))
-    datasets = build_datasets(DATA, indexed, special, seed=1)
+    datasets = open_corpora(parse_args([*FLAGS, "--data-path", str(prefix)]).config).datasets
     digest = hashlib.sha256()
-    for split in (datasets.train, datasets.valid, datasets.test):
-        assert split is not None
+    for split in datasets.values():
+        assert isinstance(split, DenoisingDataset)
         digest.update(str(split.parts[0].tokens).encode())
         for rows in split.batch(np.arange(EPOCHS * split.windows_per_epoch))[:3]:
             digest.update(rows.tobytes())

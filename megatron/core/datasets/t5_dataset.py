@@ -20,11 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.core.config import DataConfig
 from megatron.core.datasets import helpers
-from megatron.core.datasets.corpus import Corpus, CorpusRange, split_corpus
+from megatron.core.datasets.corpus import CorpusRange
 from megatron.core.datasets.denoising import DenoisingPlan
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -254,52 +252,3 @@ def denoisers_for(plan: DenoisingPlan, special: SpecialTokens) -> helpers.Denois
 def _dataset_key(seed: int, name: str) -> int:
     """64 bits that differ between seeds of any size and between names."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
-
-
-class T5Datasets(NamedTuple):
-    """The splits of a corpus; what is None has no data."""
-
-    train: DenoisingDataset
-    valid: DenoisingDataset | None
-    test: DenoisingDataset | None
-    warnings: list[str]
-    """One line for each split that was asked for and has too little data."""
-
-
-def build_datasets(
-    config: DataConfig, indexed: IndexedDataset, special: SpecialTokens, seed: int, *, pad_to_multiple_of: int = 1
-) -> T5Datasets:
-    """The training, validation and test samples of a corpus.
-
-    Args:
-        config: `--split`, objective and lengths.
-        indexed: The corpus.
-        special: Ids of the vocabulary.
-        seed: Any integer.
-        pad_to_multiple_of: Pad rows to a multiple of this.
-
-    Raises:
-        UserError: The objective does not fit, or the training split is shorter than one sample. Validation and
-            test splits that are too short are left out with a warning.
-    """
-    plan = DenoisingPlan.build(config, len(special.sentinel_ids), pad_to_multiple_of=pad_to_multiple_of)
-    weights = config.split_weights()
-    corpus = Corpus(indexed.prefix, [indexed], indexed.manifest)
-    parts = split_corpus(corpus, weights, str(indexed.prefix))
-    longest = max(window.raw for window in plan.windows)
-
-    def build(name: str) -> DenoisingDataset:
-        return DenoisingDataset([parts[name]], plan, special, seed, name, block_windows=config.shuffle_block_windows)
-
-    train = build("train")
-    held_out: dict[str, DenoisingDataset | None] = {}
-    warnings = []
-    for name, weight in zip(SPLIT_NAMES[1:], weights[1:], strict=True):
-        held_out[name] = build(name) if parts[name].num_tokens >= longest else None
-        if weight > 0 and held_out[name] is None:
-            use = "validation" if name == "valid" else name
-            warnings.append(
-                f"--split {config.split} leaves {parts[name].num_tokens} of {indexed.prefix}'s tokens for {use}, but "
-                f"one sample takes {longest}; there will be no {use} loss"
-            )
-    return T5Datasets(train, held_out["valid"], held_out["test"], warnings)

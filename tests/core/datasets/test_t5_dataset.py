@@ -16,14 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.core.config import DataConfig
-from megatron.core.datasets.corpus import split_corpus
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.core.datasets.corpus import Corpus, open_corpus, split_corpus
+from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter
 from megatron.core.datasets.loader import T5Loader, TensorBatch
 from megatron.core.datasets.t5_dataset import (
     Batch,
     DenoisingDataset,
     SpecialTokens,
-    build_datasets,
 )
 from megatron.core.errors import UserError
 from tests.denoising import denoised, in_memory, plan_for
@@ -46,12 +45,12 @@ def dataset(tokens: np.ndarray | None = None, seed: int = 0, name: str = "train"
     return denoised(distinct_tokens() if tokens is None else tokens, SPECIAL, config(**values), seed, name)
 
 
-def write(prefix: Path, documents: Iterable[np.ndarray]) -> IndexedDataset:
+def write(prefix: Path, documents: Iterable[np.ndarray]) -> Corpus:
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
         for document in documents:
             writer.add_document(document)
         writer.finalize()
-    return IndexedDataset(prefix)
+    return open_corpus(prefix)
 
 
 def text_of(batch: Batch | TensorBatch) -> np.ndarray:
@@ -231,37 +230,15 @@ def test_split_is_megatrons(num_documents: int, weights: tuple[float, float, flo
 
 
 def test_splits_share_no_token(tmp_path: Path) -> None:
-    indexed = write(tmp_path / "corpus", np.split(distinct_tokens(), 90))
-    splits = build_datasets(config(split="80,15,5"), indexed, SPECIAL, seed=0)
-    assert splits.warnings == []
-    assert splits.valid is not None
-    assert splits.test is not None
-    used = [
-        set(text_of(part.batch(np.arange(part.windows_per_epoch))))
-        for part in (splits.train, splits.valid, splits.test)
-    ]
+    corpus = write(tmp_path / "corpus", np.split(distinct_tokens(), 90))
+    plan = plan_for(config(), SPECIAL)
+    ranges = split_corpus(corpus, (0.8, 0.15, 0.05), "corpus")
+    train, valid, test = (DenoisingDataset([part], plan, SPECIAL, 0, name) for name, part in ranges.items())
+    used = [set(text_of(part.batch(np.arange(part.windows_per_epoch)))) for part in (train, valid, test)]
     assert min(used[1]) > max(used[0])
     assert min(used[2]) > max(used[1])
     assert max(used[0]) <= 7_201
-    assert (splits.train.batch(np.arange(9)).labels != splits.valid.batch(np.arange(9)).labels).any()
-
-
-def test_empty_validation_warns_and_trains(tmp_path: Path) -> None:
-    """Megatron's published T5 split leaves nothing for validation when there are few documents."""
-    indexed = write(tmp_path / "corpus", np.split(distinct_tokens(), 90))
-    splits = build_datasets(config(split="99982,9,9"), indexed, SPECIAL, seed=0)
-    assert splits.valid is None
-    assert splits.test is None
-    assert len(splits.warnings) == 2
-    assert "--split 99982,9,9 leaves 0 of" in splits.warnings[0]
-    assert "for validation, but one sample takes 34" in splits.warnings[0]
-    assert splits.train.batch(np.arange(2)).labels.shape[0] == 2
-
-
-def test_splits_not_asked_for_do_not_warn(tmp_path: Path) -> None:
-    indexed = write(tmp_path / "corpus", [distinct_tokens()])
-    splits = build_datasets(config(split="1"), indexed, SPECIAL, seed=0)
-    assert (splits.valid, splits.test, splits.warnings) == (None, None, [])
+    assert (train.batch(np.arange(9)).labels != valid.batch(np.arange(9)).labels).any()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -298,19 +275,9 @@ def test_decoder_bound_larger_than_needed_does_not_pad() -> None:
     assert dataset(encoder_seq_length=512, decoder_seq_length=128).decoder_length == 114
 
 
-def test_corpus_shorter_than_one_window(tmp_path: Path) -> None:
-    indexed = write(tmp_path / "short", [distinct_tokens(33)])
-    with pytest.raises(UserError, match=r"short has 33 train tokens, but one sample takes 34; use more text"):
-        build_datasets(config(), indexed, SPECIAL, seed=0)
-
-
-def test_token_beyond_the_vocabulary_names_file_and_offset(tmp_path: Path) -> None:
-    tokens = distinct_tokens()
-    tokens[4321] = 20_000
-    indexed = write(tmp_path / "other_tokenizer", [tokens])
-    train = build_datasets(config(), indexed, SPECIAL, seed=0).train
-    with pytest.raises(UserError, match=r"other_tokenizer: token id 20000 at token offset 4321 .* 10100 ids"):
-        train.batch(np.arange(train.windows_per_epoch + 1))
+def test_corpus_shorter_than_one_window() -> None:
+    with pytest.raises(UserError, match=r"^corpus has 33 train tokens, but one sample takes 34; use more text"):
+        dataset(distinct_tokens(33))
 
 
 @pytest.mark.parametrize("split", ["inf,1,1", "nan,1,1", "1,nan", "1e308,1e308,1", "0,0,0", "1,-1", "a", "", "1,1,1,1"])
