@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron.core.config import TokenizerConfig
-from megatron.core.datasets import file_copies
+from megatron.core.datasets import file_copies, merging
 from megatron.core.datasets.corpus import open_corpus
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.indexed_format import bin_path, idx_path, manifest_path
@@ -182,3 +182,22 @@ def test_damage_in_the_middle_of_an_index_is_found(merge: Merge, parts: list[Pat
     message = merge("--input", *parts, "--output-prefix", tmp_path / "out", status=1)
     assert "a_text_document.idx is damaged: its sequences have not the 18 tokens" in message
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_full_disk_leaves_nothing(
+    merge: Merge, parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.json")
+
+    merge("--input", parts[0], "--output-prefix", tmp_path / "x", "--as-shards")
+    before = {path: path.read_bytes() for path in tmp_path.glob("x*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "write_durably", refuse)  # while it is being prepared: the old one stays
+        flags = ["--input", *parts, "--as-shards", "--overwrite", "--output-prefix"]
+        assert "No space left" in merge(*flags, tmp_path / "x", status=1)
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("x*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "publish_sharded", refuse)
+        assert "No space left" in merge(*flags, tmp_path / "new", status=1)
+    assert [path.name for path in tmp_path.glob("new*")] == ["new_tokenizer"]

@@ -157,9 +157,14 @@ def merge_as_shards(
             with signals_wait():
                 _remove_old(prefix)
                 _publish_tokenizer(prefix)
-                for shard in shards:
-                    publish_prepared(shard)
-                publish_sharded(prefix, len(shards), _shared_entries(datasets) | entries)
+                try:
+                    for shard in shards:
+                        publish_prepared(shard)
+                    publish_sharded(prefix, len(shards), _shared_entries(datasets) | entries)
+                except BaseException:
+                    for shard in shards:
+                        remove_dataset(shard)
+                    raise
         finally:
             for shard in shards:
                 remove_partials(shard)
