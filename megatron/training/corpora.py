@@ -76,6 +76,11 @@ def open_corpora(config: RunConfig) -> OpenedCorpora:
     datasets = {
         name: _dataset(split, plan, special, config, name) if split.parts else None for name, split in splits.items()
     }
+    for name, dataset in datasets.items():
+        if isinstance(dataset, PackedDocumentsDataset) and dataset.left_out:
+            warnings.append(
+                f"{dataset.left_out:,} {name} documents of fewer than 2 tokens cannot be denoised and are left out"
+            )
     train = splits["train"]
     return OpenedCorpora(tokenizer, datasets, [part.name for part in train.parts], _fingerprint(train), warnings)
 

@@ -125,7 +125,7 @@ MEGATRON_FLAGS: dict[str, NoEffect | Refused | Translated] = {
     "--fp8-recipe": Refused("fp8 is not supported in this version; use --bf16"),
     "--fp16-lm-cross-entropy": Refused("the loss is computed in fp32; remove it"),
     "--reset-position-ids": Refused("relative positions need no reset; remove it"),
-    "--reset-attention-mask": Refused("packing by segments is not supported in this version; remove it"),
+    "--reset-attention-mask": Refused("use --packing segments, which keeps the documents of a row apart"),
     "--eod-mask-loss": Refused("every target token counts in T5's loss; remove it"),
     "--mock-data": Refused("there is no mock corpus; examples/quickstart.sh makes a real one in seconds"),
     "--data-args-path": Refused("use --data-path, or a --data-config file"),

@@ -443,13 +443,15 @@ class Trainer:
     def describe(self) -> str:
         """One line about what is about to happen."""
         train = self.data.train
+        fill = f" ({train.fill_rate:.1%} full)" if train.fill_rate < 1 else ""
+        corpora = f" of {len(self.data.corpora):,} corpora" if len(self.data.corpora) > 1 else ""
         return (
             f"{self.model.num_parameters():,} parameters on {self.context.world_size} x {self.context.device.type}"
             f"{self._layout()} | "
             f"{self.total_iterations:,} steps of {self.global_batch_size} samples of "
-            f"{train.encoder_length} + {train.decoder_length} tokens | "
+            f"{train.encoder_length} + {train.decoder_length} tokens{fill} | "
             f"{self.total_iterations * self.global_batch_size / train.windows_per_epoch:.2f} epochs of "
-            f"{train.windows_per_epoch:,} samples"
+            f"{train.windows_per_epoch:,} samples{corpora}"
         )
 
     def _layout(self) -> str:
