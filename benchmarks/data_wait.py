@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def write_corpora(folder: Path, num_bytes: int) -> dict[str, list[str]]:
     from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
 
     texts = list(paragraphs(num_bytes))
-    bounds = [round(len(texts) * (n / CORPORA) ** 2) for n in range(CORPORA + 1)]
+    shares = list(accumulate(range(10, 10 + CORPORA), initial=0))  # the largest is eleven times the smallest
+    bounds = [len(texts) * share // shares[-1] for share in shares]
     parts = {"whole": texts} | {f"part{n}": texts[begin:end] for n, (begin, end) in enumerate(pairwise(bounds))}
     tokenizer = TokenizerConfig(tokenizer_type="ByteTokenizer", vocab_extra_ids=SENTINELS)
     with Path(os.devnull).open("w") as nowhere:
@@ -98,7 +99,9 @@ def measure(contender: str, objective: str, data_path: list[str], options: argpa
         command += [str(Path(__file__).resolve()), "--rank", contender, *flags]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
         if done.returncode:
-            raise SystemExit(f"{objective}, {contender}: {done.stderr.decode()[-2000:]}")
+            lines = done.stderr.decode().splitlines()
+            reasons = [line for line in lines if line.startswith("error: ")] or lines
+            raise SystemExit(f"{objective}, {contender}: {reasons[0] if reasons else done.returncode}")
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [row for row in rows if "data_wait_ms" in row]
 
