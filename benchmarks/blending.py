@@ -165,10 +165,10 @@ def best_time_s(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
 
 
 def draws_row(name: str, rates: list[int], count: int) -> dict[str, Any]:
-    """Speed of ascending draws, and time to one position far inside, which is the worst of ten."""
+    """Speed of ascending draws, and time to one position far inside, the worst of ten, each at the end of a block."""
     blend = Blend(rates)
     blend.draws(np.arange(count))
-    ends = FAR // blend.block_length * blend.block_length + blend.block_length * np.arange(2, 12) - 1
+    ends = (FAR // blend.block_length + 3 * np.arange(1, 11)) * blend.block_length - 1
     far = [best_time_s(lambda at=place: blend.draws(np.array([at])), 1) for place in ends]
     ascending = best_time_s(lambda: blend.draws(np.arange(count)))
     return {
