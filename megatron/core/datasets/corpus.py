@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ from numpy.typing import NDArray
 from megatron.core.datasets.indexed_dataset import (
     SHARDED_FORMAT,
     IndexedDataset,
+    bin_path,
     encode_manifest,
     idx_path,
     is_sharded,
@@ -127,39 +130,45 @@ class Corpus:
         for shard in self.shards:
             shard.release_index()
 
-    def tokens_at(self, positions: NDArray[np.int64]) -> NDArray[Any]:
-        """The tokens at these offsets, each below `num_tokens`, in the shape of `positions`."""
-        positions = np.asarray(positions, np.int64)
-        if len(self.pieces) == 1:
-            return self.pieces[0][positions]
-        tokens = np.empty(positions.shape, self.dtype)
-        shards = np.searchsorted(self._token_offsets, positions, side="right") - 1
-        for shard in np.unique(shards):
-            mine = shards == shard
-            tokens[mine] = self.pieces[shard][positions[mine] - self._token_offsets[shard]]
-        return tokens
-
-    def tokens_between(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens `start` to `stop` of the corpus; a view of the file where they lie in one shard.  # [stop - start]"""
-        assert 0 <= start <= stop <= self.num_tokens
-        parts = []
+    def _places(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Where tokens `start` to `stop` of the corpus are: shard, and range of its tokens."""
         shard = int(np.searchsorted(self._token_offsets[:-1], start, side="right")) - 1
         while start < stop:
             offset, end = int(self._token_offsets[shard]), int(self._token_offsets[shard + 1])
-            parts.append(self.pieces[shard][start - offset : min(stop, end) - offset])
+            yield shard, start - offset, min(stop, end) - offset
             start, shard = min(stop, end), shard + 1
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def describe(self) -> dict[str, Any]:
-        """Size and fingerprint, which tell whether a corpus is the same one; reads a few hundred places."""
-        width = min(FINGERPRINT_TOKENS, self.num_tokens)
-        starts = np.linspace(0, self.num_tokens - width, FINGERPRINT_PLACES, dtype=np.int64)
-        tokens = self.tokens_at(starts[:, None] + np.arange(width))
+        """Size and fingerprint, which tell whether a corpus is the same one; reads a few hundred places.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        width, size = min(FINGERPRINT_TOKENS, self.num_tokens), self.dtype.itemsize
+        digest = hashlib.sha256()
+        with ExitStack() as stack:
+            files: dict[int, int] = {}
+            for start in np.linspace(0, self.num_tokens - width, FINGERPRINT_PLACES, dtype=np.int64).tolist():
+                for shard, begin, end in self._places(start, start + width):
+                    if shard not in files:
+                        files[shard] = self._open_bin(shard, stack)
+                    content = os.pread(files[shard], (end - begin) * size, begin * size)
+                    digest.update(np.frombuffer(content, self.dtype).astype("<i8").tobytes())
         return {
             "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
-            "fingerprint": hashlib.sha256(np.ascontiguousarray(tokens, dtype="<i8").tobytes()).hexdigest()[:16],
+            "fingerprint": digest.hexdigest()[:16],
         }
+
+    def _open_bin(self, shard: int, stack: ExitStack) -> int:
+        """Descriptor of a shard's tokens, to read few of them: a memory map would read 128 KiB around each place."""
+        path = bin_path(self.shards[shard].prefix)
+        try:
+            file = stack.enter_context(path.open("rb", buffering=0))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        return file.fileno()
 
 
 class CorpusRange(NamedTuple):
