@@ -179,6 +179,9 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path, small_chunks: None) -
     build(path, tmp_path / "x")  # without --resume it starts over
     assert not list(tmp_path.glob("*.partial"))
     build(path, tmp_path / "y", resume=True)  # nothing to resume
+    assert "the output is complete" in build(path, tmp_path / "y", resume=True)
+    with pytest.raises(UserError, match="y_text_document.idx exists"):
+        build(path, tmp_path / "y", resume=True, append_eod=True)
 
 
 def test_damaged_leftovers(tmp_path: Path, small_chunks: None) -> None:

@@ -36,7 +36,7 @@ from megatron.core.datasets.indexed_format import (
     manifest_path,
     optimal_dtype,
 )
-from megatron.core.datasets.preprocessing_journal import PUBLISHING, Journal, is_publishing
+from megatron.core.datasets.preprocessing_journal import PUBLISHING, Journal, is_publishing, journal_path
 from megatron.core.datasets.preprocessing_output import (
     OutputWriter,
     manifest_of,
@@ -56,6 +56,7 @@ from megatron.core.datasets.preprocessing_workers import (
     tokenize_here,
 )
 from megatron.core.errors import UserError
+from megatron.core.file_utils import read_json
 from megatron.core.tokenizers import Tokenizer, build_tokenizer, require_replaceable
 
 _CHUNKS_READ_AHEAD = 2
@@ -152,6 +153,9 @@ def preprocess(config: PreprocessConfig, log: TextIO | None = None) -> Preproces
     sources = find_sources(config.input, config.input_format, config.text_sample_by)
     _check_files(config, sources)
     tokenizer = build_tokenizer(config.tokenizer)
+    if config.resume and not config.overwrite and _is_complete(config, sources, tokenizer):
+        print("nothing to resume: the output is complete", file=log, flush=True)
+        return PreprocessStats(prefixes=[config.prefix_of(key) for key in config.json_keys])
     with ExitStack() as stack:
         with signals_wait():
             run = stack.enter_context(_Run(config, sources, tokenizer, log))
@@ -202,21 +206,13 @@ class _Run:
             output = OutputWriter(
                 prefix,
                 dtype,
-                self._manifest(key),
+                _manifest(config, key, self._sources, self._tokenizer),
                 self._tokenizer,
                 shard_tokens=config.shard_tokens,
                 overwrite=config.overwrite,
                 state=states[n] if states else None,
             )
             self._outputs.append(output)
-
-    def _manifest(self, key: str) -> dict[str, Any]:
-        return {
-            "json_key": key,
-            "append_eod": self._config.append_eod,
-            "inputs": [{"name": source.path.name, "bytes": source.size} for source in self._sources],
-            "tokenizer": self._tokenizer.describe(),
-        }
 
     def __enter__(self) -> _Run:
         return self
@@ -297,12 +293,36 @@ class _Run:
         if not self.is_finished:
             self._journal.add(self._state() | {PUBLISHING: self._num_shards})
         for key, prefix, num_shards in zip(self._config.json_keys, self._prefixes, self._num_shards, strict=True):
-            publish_output(prefix, num_shards, manifest_of(prefix, self._manifest(key)))
+            manifest = _manifest(self._config, key, self._sources, self._tokenizer)
+            publish_output(prefix, num_shards, manifest_of(prefix, manifest))
         self._journal.remove()
         self._progress.finish()
 
     def _say(self, line: str) -> None:
         print(line, file=self._log, flush=True)
+
+
+def _manifest(config: PreprocessConfig, key: str, sources: list[Source], tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "json_key": key,
+        "append_eod": config.append_eod,
+        "inputs": [{"name": source.path.name, "bytes": source.size} for source in sources],
+        "tokenizer": tokenizer.describe(),
+    }
+
+
+def _is_complete(config: PreprocessConfig, sources: list[Source], tokenizer: Tokenizer) -> bool:
+    """Whether an earlier run with these flags ended well, so far as the manifests tell."""
+    for key in config.json_keys:
+        prefix = config.prefix_of(key)
+        if is_sharded(prefix) != (config.shard_tokens is not None) or journal_path(prefix).exists():
+            return False
+        if not manifest_path(prefix).exists() or not (is_sharded(prefix) or idx_path(prefix).exists()):
+            return False
+        found = read_json(manifest_path(prefix))
+        if any(found.get(name) != value for name, value in _manifest(config, key, sources, tokenizer).items()):
+            return False
+    return True
 
 
 def _identity(config: PreprocessConfig, sources: list[Source], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the journal: everything is published, or nothing is left to go on with."""
-        for path in self._paths:
+        for path in reversed(self._paths):  # the one that can be gone on with is the last to go
             path.unlink(missing_ok=True)
         for directory in {path.parent for path in self._paths}:
             fsync_directory(directory)
