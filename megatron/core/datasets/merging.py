@@ -29,7 +29,7 @@ from megatron.core.datasets.indexed_writer import (
     publish_prepared,
     remove_partials,
 )
-from megatron.core.datasets.waiting_signals import signals_wait
+from megatron.core.datasets.preprocessing_workers import signals_wait
 from megatron.core.errors import UserError
 from megatron.core.file_utils import fsync_directory, partial_path, replace_directory, write_durably
 from megatron.core.tokenizers import load_tokenizer, require_replaceable
