@@ -65,7 +65,7 @@ def open_corpora(config: RunConfig) -> OpenedCorpora:
         UserError: a corpus, the blend or the objective is unusable.
     """
     spec = corpora_of(config.data)
-    opened = {s.path: open_corpus(_prefix_of(s.path, config)) for s in _all_specs(spec)}
+    opened = _open_all(spec, config)
     corpora = list(opened.values())
     tokenizer = resolve_tokenizer(corpora[0], config.tokenizer)
     for corpus in corpora[1:]:
@@ -87,6 +87,21 @@ def open_corpora(config: RunConfig) -> OpenedCorpora:
 
 def _all_specs(spec: BlendSpec) -> list[CorpusSpec]:
     return [*spec.shared, *(s for name in SPLIT_NAMES for s in spec.by_split.get(name, ()))]
+
+
+def _open_all(spec: BlendSpec, config: RunConfig) -> dict[str, Corpus]:
+    """Every corpus, by the path that the user gave."""
+    opened: dict[str, Corpus] = {}
+    paths: dict[Path, str] = {}  # by prefix
+    for corpus in _all_specs(spec):
+        prefix = _prefix_of(corpus.path, config)
+        if other := paths.get(prefix):
+            if other != corpus.path:
+                raise UserError(f"{other} and {corpus.path} are the same corpus, {prefix}; name it once")
+            continue
+        paths[prefix] = corpus.path
+        opened[corpus.path] = open_corpus(prefix)
+    return opened
 
 
 def _prefix_of(path: str, config: RunConfig) -> Path:
@@ -113,9 +128,21 @@ def _splits(
         tokens = [part.num_tokens for part, _ in kept]
         rates = blend_rates(tokens, [s for _, s in kept], config) if len(kept) > 1 else [1] * len(kept)
         splits[name] = Split([part for part, _ in kept], rates)
+        if name == "train" and (warning := _unimax_warning(sum(tokens), config)):
+            warnings.append(warning)
     if not splits["train"].parts:
         raise UserError("no corpus is for training; give one with --data-path or --train-data-path")
     return splits, warnings
+
+
+def _unimax_warning(num_tokens: int, config: DataConfig) -> str | None:
+    epochs, budget = config.mixture_max_epochs, config.mixture_budget_tokens
+    if epochs is None or budget is None or num_tokens * epochs >= budget:
+        return None
+    return (
+        f"--mixture-budget-tokens {budget} is more than {epochs:g} epochs of all corpora ({num_tokens} tokens); they "
+        "are mixed by size, and a run of the whole budget reads them more often than --mixture-max-epochs says"
+    )
 
 
 def _whole(corpus: Corpus, name: str) -> CorpusRange:
