@@ -82,7 +82,8 @@ def open_corpora(config: RunConfig) -> OpenedCorpora:
                 f"{dataset.left_out:,} {name} documents of fewer than 2 tokens cannot be denoised and are left out"
             )
     train = splits["train"]
-    return OpenedCorpora(tokenizer, datasets, [part.name for part in train.parts], _fingerprint(train), warnings)
+    fingerprint = _fingerprint(train, divided_by_flag=any(s.split is None for s in spec.shared))
+    return OpenedCorpora(tokenizer, datasets, [part.name for part in train.parts], fingerprint, warnings)
 
 
 def _all_specs(spec: BlendSpec) -> list[CorpusSpec]:
@@ -183,17 +184,20 @@ def _dataset(split: Split, plan: DenoisingPlan, special: SpecialTokens, config: 
     )
 
 
-def _fingerprint(train: Split) -> dict[str, Any]:
-    """What a checkpoint records of the training data, to recognise it; of a blend also who has which share."""
-    if len(train.parts) == 1:
+def _fingerprint(train: Split, divided_by_flag: bool) -> dict[str, Any]:
+    """What a checkpoint records of the training data, to recognise it.
+
+    Of one corpus that `--split` divides, which the checkpoint records as well, it is that of the corpus; otherwise also
+    of which documents are trained on and, in a blend, of who has which share.
+    """
+    if len(train.parts) == 1 and divided_by_flag:
         return train.parts[0].corpus.describe()
-    identities = [_identity(part.corpus) for part in train.parts]
-    content = json.dumps([identities, train.rates], sort_keys=True).encode()
+    content = [[_identity(part.corpus), part.documents] for part in train.parts]
     return {
         "num_corpora": len(train.parts),
         "num_documents": sum(part.corpus.num_documents for part in train.parts),
         "num_tokens": sum(part.corpus.num_tokens for part in train.parts),
-        "fingerprint": hashlib.sha256(content).hexdigest()[:16],
+        "fingerprint": hashlib.sha256(json.dumps([content, train.rates]).encode()).hexdigest()[:16],
     }
 
 
