@@ -1,12 +1,13 @@
-"""Samples a second on one core: all objectives here, span corruption as a numpy collator and in Megatron-LM's dataset.
+"""Samples a second on one core: all objectives here, span corruption in three peers.
 
-All but the packed rows read the same indexed dataset of random ids, whose documents have 600 tokens each: what suits
-Megatron-LM best, which makes one sample of the first 510 tokens of a document. Rows are packed from documents of 20 to
-400 tokens. The contenders take turns, round after round; a row is a median over the rounds. Times are CPU time of the
+The peers are a numpy collator, Megatron-LM's T5 dataset, and seqio where an interpreter that has it is named. All but the
+packed rows read the same indexed dataset of random ids, whose documents have 600 tokens each: what suits Megatron-LM
+best, which makes one sample of the first 510 tokens of a document. Rows are packed from documents of 20 to 400 tokens.
+The contenders take turns, round after round; a row is a median over the rounds. Times are CPU time of the
 (single-threaded) process that does the work, so that neighbours on the machine disturb little. Prints one JSON object a
 row; what a peer could not be measured for is a row too.
 
-    python benchmarks/span_corruption.py [--output benchmarks/results/span_corruption.jsonl]
+    python benchmarks/span_corruption.py [--output benchmarks/results/span_corruption.jsonl] [--seqio-python P]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,27 +202,22 @@ def numpy_collator(plan: DenoisingPlan, tokens: NDArray[Any], batch_size: int, c
     return Contender("numpy collator (algorithm of run_t5_mlm_flax.py)", count, run, facts)
 
 
-class MegatronUnavailableError(Exception):
-    """Megatron-LM's dataset could not be brought up; says where it stopped."""
+class PeerUnavailableError(Exception):
+    """A peer could not be brought up; says where it stopped."""
 
 
 @contextmanager
-def megatron(prefix: Path, encoder_length: int, samples_per_round: int) -> Iterator[Contender]:
-    """Megatron-LM's T5 dataset from its wheel, `dataset[i]` in a loop, in a process of its own."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-    import megatron_oracle
-    import pytest
-
-    try:
-        folder = megatron_oracle.megatron_core_directory()
-    except pytest.skip.Exception as skipped:
-        raise MegatronUnavailableError(str(skipped)) from None
-    lengths = {"batch_size": 1, "encoder_length": encoder_length, "decoder_length": MEGATRON_DECODER_LENGTH}
-    arguments = map(str, (prefix, VOCAB_SIZE, encoder_length, MEGATRON_DECODER_LENGTH))
-    worker = Path(__file__).with_name("span_corruption_megatron.py")
+def worker(
+    name: str,
+    command: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    samples_per_round: int,
+    facts: dict[str, Any],
+) -> Iterator[Contender]:
+    """A peer in a process of its own, which speaks the protocol of the span_corruption_*.py beside this file."""
     with subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(worker), *arguments],
-        cwd=prefix.parent, env=os.environ | {"PYTHONPATH": str(folder)}, text=True,
+        command, cwd=folder, env=os.environ | environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         assert process.stdin and process.stdout and process.stderr
@@ -229,14 +225,54 @@ def megatron(prefix: Path, encoder_length: int, samples_per_round: int) -> Itera
         ready = answers.readline()
         if not ready:
             errors = [line for line in process.stderr.read().splitlines() if "Error" in line]
-            raise MegatronUnavailableError(errors[-1] if errors else f"the worker ended with status {process.wait()}")
+            raise PeerUnavailableError(errors[-1] if errors else f"the worker ended with status {process.wait()}")
 
         def run(count: int) -> float:
             print(count, file=questions, flush=True)
             return float(answers.readline())
 
-        name = f"Megatron-LM T5MaskedWordPieceDataset (megatron-core {megatron_oracle.VERSION})"
-        yield Contender(name, samples_per_round, run, lengths | json.loads(ready))
+        yield Contender(name, samples_per_round, run, facts | json.loads(ready))
+
+
+def megatron(prefix: Path, encoder_length: int) -> AbstractContextManager[Contender]:
+    """Megatron-LM's T5 dataset from its wheel, `dataset[i]` in a loop."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    import megatron_oracle
+    import pytest
+
+    try:
+        folder = megatron_oracle.megatron_core_directory()
+    except pytest.skip.Exception as skipped:
+        raise PeerUnavailableError(str(skipped)) from None
+    facts = {"batch_size": 1, "encoder_length": encoder_length, "decoder_length": MEGATRON_DECODER_LENGTH}
+    arguments = map(str, (prefix, VOCAB_SIZE, encoder_length, MEGATRON_DECODER_LENGTH))
+    script = str(Path(__file__).with_name("span_corruption_megatron.py"))
+    name = f"Megatron-LM T5MaskedWordPieceDataset (megatron-core {megatron_oracle.VERSION})"
+    command = [sys.executable, "-W", "ignore", script, *arguments]
+    return worker(name, command, prefix.parent, {"PYTHONPATH": str(folder)}, 80, facts)
+
+
+def seqio(prefix: Path, plan: DenoisingPlan, python: str | None) -> AbstractContextManager[Contender]:
+    """The input pipeline of Google's T5."""
+    if python is None:
+        raise PeerUnavailableError("it needs TensorFlow; name an interpreter that has seqio and t5 with --seqio-python")
+    facts = {"batch_size": 128, "encoder_length": plan.encoder_length, "decoder_length": plan.decoder_length}
+    arguments = map(str, (prefix, VOCAB_SIZE, plan.encoder_length, plan.decoder_length, DOCUMENT_TOKENS))
+    script = str(Path(__file__).with_name("span_corruption_seqio.py"))
+    environment = {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return worker(
+        "seqio, t5.data span_corruption", [python, script, *arguments], prefix.parent, environment, 1280, facts
+    )
+
+
+def bring_up(
+    stack: ExitStack, name: str, start: Callable[[], AbstractContextManager[Contender]]
+) -> Contender | dict[str, Any]:
+    """The peer, or the row that says why there is none."""
+    try:
+        return stack.enter_context(start())
+    except PeerUnavailableError as error:
+        return {"name": name, "stopped_at": str(error)}
 
 
 def cpu_model() -> str:
@@ -248,7 +284,7 @@ def cpu_model() -> str:
     )
 
 
-def measure(folder: Path, num_tokens: int, rounds: int) -> list[dict[str, Any]]:
+def measure(folder: Path, num_tokens: int, rounds: int, seqio_python: str | None) -> list[dict[str, Any]]:
     """All rows, ours first."""
     prefix = folder / "corpus"
     corpus = write_corpus(prefix, num_tokens, DOCUMENT_TOKENS, DOCUMENT_TOKENS)
@@ -257,12 +293,12 @@ def measure(folder: Path, num_tokens: int, rounds: int) -> list[dict[str, Any]]:
     plan = DenoisingPlan.build(config, len(SPECIAL.sentinel_ids))
     contenders = our_objectives(corpus, short)
     peers = [numpy_collator(plan, corpus.pieces[0], batch_size=128, count=128 * 16)]
-    missing: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        try:
-            peers.append(stack.enter_context(megatron(prefix, config.encoder_seq_length, samples_per_round=80)))
-        except MegatronUnavailableError as error:
-            missing.append({"name": "Megatron-LM T5MaskedWordPieceDataset", "stopped_at": str(error)})
+        found = [
+            bring_up(stack, "Megatron-LM", lambda: megatron(prefix, config.encoder_seq_length)),
+            bring_up(stack, "seqio", lambda: seqio(prefix, plan, seqio_python)),
+        ]
+        peers += [peer for peer in found if isinstance(peer, Contender)]
         for _ in range(rounds + 1):
             for contender in contenders + peers:
                 contender.round()
@@ -271,7 +307,7 @@ def measure(folder: Path, num_tokens: int, rounds: int) -> list[dict[str, Any]]:
     rows = [contender.row() for contender in contenders]
     best = rows[0]["samples_per_s"]
     rows += [row | {"ours_is_faster_by": round(best / row["samples_per_s"], 2)} for row in (p.row() for p in peers)]
-    return rows + missing
+    return rows + [peer for peer in found if isinstance(peer, dict)]
 
 
 def main() -> None:
@@ -280,6 +316,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the rows to this file too")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds; one more warms up")
     parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens of the corpus, 2 bytes each")
+    parser.add_argument("--seqio-python", help="Python interpreter of an environment with seqio, t5 and TensorFlow")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     setting = {
@@ -291,7 +328,7 @@ def main() -> None:
         "rounds": options.rounds,
     }
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), options.tokens, options.rounds)
+        rows = measure(Path(folder), options.tokens, options.rounds, options.seqio_python)
     lines = [json.dumps(row | setting) for row in rows]
     print("\n".join(lines))
     if options.output:
