@@ -175,15 +175,27 @@ class IndexedDataset:
         if (np.diff(sequences) < 0).any() or sequences[0] < 0 or sequences[-1] > self.num_sequences:
             found = f"documents {first} to {stop - 1} start at sequences {sequences.min()} to {sequences.max()}"
             raise self._damaged(found, f"ascending ones from 0 to {self.num_sequences}")
-        ends = sequences == self.num_sequences  # empty documents at the end of the corpus
-        pointers = self.sequence_pointers[np.where(ends, 0, sequences)]
-        starts = np.where(ends, self.num_tokens, pointers // self.dtype.itemsize)
-        if (np.diff(starts) < 0).any() or (pointers % self.dtype.itemsize).any() or starts[-1] > self.num_tokens:
+        if (self.manifest or {}).get("one_sequence_per_document"):
+            wrong = np.flatnonzero(sequences != np.arange(first, stop))
+            if wrong.size:
+                document = first + int(wrong[0])
+                raise self._damaged(
+                    f"document {document} starts at sequence {sequences[wrong[0]]}", f"sequence {document}"
+                )
+        # As for one document: where the sequence starts, and where the one before it ends. Empty documents at the end
+        # of the corpus have no sequence.
+        itemsize, last = self.dtype.itemsize, self.num_sequences - 1
+        before = np.maximum(sequences - 1, 0)
+        pointers = self.sequence_pointers[np.minimum(sequences, last)]
+        pointers = np.where(sequences > last, self.num_tokens * itemsize, pointers)
+        expected = self.sequence_pointers[before] + self.sequence_lengths[before].astype(np.int64) * itemsize
+        expected = np.where(sequences > 0, expected, 0)
+        for wrong in np.flatnonzero(pointers != expected)[:1]:
+            self.document_start(first + int(wrong))  # says what is wrong
+        starts = pointers // itemsize
+        if (np.diff(starts) < 0).any() or starts[0] < 0 or starts[-1] > self.num_tokens:
             found = f"documents {first} to {stop - 1} start at tokens {starts.min()} to {starts.max()}"
             raise self._damaged(found, f"ascending ones up to {self.num_tokens}")
-        # The first and the last one's neighbours in the index are looked at too.
-        for document in {first, stop - 1}:
-            assert starts[document - first] == self.document_start(document)
         return starts
 
     def release_index(self) -> None:
