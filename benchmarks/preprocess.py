@@ -248,7 +248,7 @@ def program(
         arguments = ["--input", str(source), "--output-prefix", str(folder / "out")]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
         if done.returncode:
-            sys.exit(f"{name} failed: {done.stderr[-2000:]}")
+            raise RuntimeError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
 
     return Contender(name, tokenizer, workers, lambda: run(corpus), lambda: run(line))
 
@@ -333,7 +333,14 @@ def main() -> None:
                 contenders += raw_contenders(tokenizer, path, texts, workers)
                 contenders.append(ours(tokenizer, path, corpus, workers, folder))
                 if flags.megatron is not None:
-                    contenders.append(megatron_lm(tokenizer, path, corpus, workers, folder, flags.megatron))
+                    peer = megatron_lm(tokenizer, path, corpus, workers, folder, flags.megatron)
+                    try:
+                        timed(peer.start)
+                    except RuntimeError as error:
+                        facts = {"tokenizer": tokenizer, "threads": workers}
+                        results.append({"name": peer.name, **facts, "skipped": str(error)})
+                    else:
+                        contenders.append(peer)
             for _ in range(flags.rounds):
                 for contender in contenders:
                     contender.round()

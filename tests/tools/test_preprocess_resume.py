@@ -180,7 +180,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path, small_chunks: None) -
     assert not list(tmp_path.glob("*.partial"))
     build(path, tmp_path / "y", resume=True)  # nothing to resume
     assert "the output is complete" in build(path, tmp_path / "y", resume=True)
-    with pytest.raises(UserError, match="y_text_document.idx exists"):
+    with pytest.raises(UserError, match=r"y_text_document\.idx exists"):
         build(path, tmp_path / "y", resume=True, append_eod=True)
 
 
