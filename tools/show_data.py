@@ -46,7 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--show-rows", type=int, default=3, metavar="N", help="rows to print (3)")
     parser.add_argument("--first-row", type=int, default=0, metavar="N", help="number of the first one (0)")
     parser.add_argument(
-        "--statistics-rows", type=int, default=2000, metavar="N", help="rows that the statistics look at (2000)"
+        "--statistics-rows",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="rows that the statistics look at, an epoch at most (2000)",
     )
     parser.add_argument(
         "--histogram", type=Path, metavar="FILE.png", help="also draw lengths and frequencies into this picture"
@@ -236,9 +240,10 @@ def show(flags: argparse.Namespace, config: RunConfig) -> None:
         raise UserError(f"there is no {flags.show_split} data; give --split a share for it, or other files")
     parts: Any = getattr(dataset, "parts", None)
     names = [] if parts is None else [part.name for part in parts]
-    statistics = row_statistics(dataset, flags.statistics_rows, data.special, flags.first_row)
+    num_rows = min(flags.statistics_rows, dataset.windows_per_epoch)  # more would repeat, or be empty
+    statistics = row_statistics(dataset, num_rows, data.special, flags.first_row)
     lines = [*about_dataset(config, dataset, flags.show_split), ""]
-    lines += [*about_corpora(data, dataset, flags.first_row + flags.statistics_rows), ""]
+    lines += [*about_corpora(data, dataset, flags.first_row + num_rows), ""]
     documents = None
     if parts is not None:
         documents, all_of_them = document_lengths(parts)

@@ -99,6 +99,7 @@ def test_text_to_text(show: Show, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"inputs": f"in {n}", "targets": f"out {n}"}) + "\n" for n in range(9)))
     lines = show("--data-path", path, "--objective", "text-to-text", "--tokenizer-type", "ByteTokenizer")
     assert "task task" in lines
+    assert any(line.startswith("1 rows: ") for line in lines)  # of an epoch
     assert (5, "in 0</s>") in texts(lines, "inputs") and (6, "out 0</s>") in texts(lines, "targets")
 
 
