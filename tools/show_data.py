@@ -31,6 +31,7 @@ from megatron.training.data import TrainingData, open_data
 ANY_SHAPE = "t5-v1_1-small"
 MOST_CORPORA = 20  # that have a line each
 MOST_IDS = 20
+MOST_BARS = 64
 PERCENTILES = (0, 25, 50, 75, 95, 100)
 
 
@@ -206,7 +207,8 @@ def draw(
         (of_inputs, "encoder", statistics.input_lengths, statistics.slots[0], "C2"),
         (of_targets, "decoder", statistics.target_lengths, statistics.slots[1], "C3"),
     ):
-        axes.hist(lengths, bins=np.linspace(0, slots, min(slots, 60) + 1) + 0.5, color=color)
+        step = -(-slots // MOST_BARS)  # as many lengths in each bar
+        axes.hist(lengths, bins=np.arange(0.5, slots + step, step), color=color)
         axes.axvline(slots, color="black", linestyle="--", linewidth=1)
         axes.annotate(
             f"row: {slots:,}", (slots, 0.95), xycoords=("data", "axes fraction"), xytext=(-4, 0),
