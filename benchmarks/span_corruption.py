@@ -1,9 +1,9 @@
 """Samples a second on one core: all objectives here, span corruption in three peers.
 
-The peers are a numpy collator, Megatron-LM's T5 dataset, and seqio where an interpreter that has it is named. All but the
-packed rows read the same indexed dataset of random ids, whose documents have 600 tokens each: what suits Megatron-LM
-best, which makes one sample of the first 510 tokens of a document. Rows are packed from documents of 20 to 400 tokens.
-The contenders take turns, round after round; a row is a median over the rounds. Times are CPU time of the
+The peers are a numpy collator, Megatron-LM's T5 dataset, and seqio where an interpreter that has it is named. All but
+the packed rows read the same indexed dataset of random ids, whose documents have 600 tokens each: what suits
+Megatron-LM best, which makes one sample of the first 510 tokens of a document. Rows are packed from documents of 20 to
+400 tokens. The contenders take turns, round after round; a row is a median over the rounds. Times are CPU time of the
 (single-threaded) process that does the work, so that neighbours on the machine disturb little. Prints one JSON object a
 row; what a peer could not be measured for is a row too.
 

@@ -1,5 +1,5 @@
-// What all bindings check of the arrays that Python hands in. Wrong arguments throw std::invalid_argument (ValueError in
-// Python), never assert: Python's build flags define NDEBUG.
+// What all bindings check of the arrays that Python hands in. Wrong arguments throw std::invalid_argument (ValueError
+// in Python), never assert: Python's build flags define NDEBUG.
 
 #pragma once
 

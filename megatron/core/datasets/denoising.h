@@ -4,8 +4,8 @@
 //   2. SpanMask       which of them are noise              (Raffel et al. 2020, section 3.1.4; random spans)
 //   3. Emitter        inputs and targets of one example    (mode, sentinels, EOS)
 //
-// Everything is a pure function of (tokens, denoiser, key), in unsigned integer arithmetic but for the lengths, whose two
-// roundings IEEE 754 defines, so that a sample is the same on every platform, compiler, batch size and rank count.
+// Everything is a pure function of (tokens, denoiser, key), in unsigned integer arithmetic but for the lengths, whose
+// two roundings IEEE 754 defines, so that a sample is the same on every platform, compiler, batch size and rank count.
 
 #pragma once
 
@@ -72,7 +72,7 @@ class Denoisers {
   void check(std::int64_t denoiser, std::int64_t raw, std::int64_t cut) const {
     require(denoiser >= 0 && denoiser < size(), "there is no such denoiser");
     require(raw >= 2 && raw <= kMaxWindow, "an example must have between 2 and 2^30 tokens");
-    require(cut == -1 || (is_uniform(denoiser) && cut >= 1 && cut < raw),
+    require(cut == kNoCut || (is_uniform(denoiser) && cut >= 1 && cut < raw),
             "a cut must lie inside the example and be for a denoiser without a density");
   }
 
@@ -81,7 +81,7 @@ class Denoisers {
     const Kind& kind = this->kind(denoiser);
     const auto mode = static_cast<std::int64_t>(kind.mode_ids.size());
     if (kind.density == 0.0) {
-      if (cut == -1) return {raw, mode + raw, raw, raw - 1, 0};
+      if (cut == kNoCut) return {raw, mode + raw, raw, raw - 1, 0};
       return {raw, mode + cut + 1, raw - cut + 1, raw - cut, 0};
     }
     const auto tokens = static_cast<double>(raw);
@@ -96,7 +96,7 @@ class Denoisers {
 
   // Tokens of the beginning, uniform on 1 .. raw - 1; -1 for denoisers of another kind.
   std::int64_t random_cut(std::int64_t denoiser, std::int64_t raw, std::uint64_t key) const {
-    if (!is_uniform(denoiser)) return -1;
+    if (!is_uniform(denoiser)) return kNoCut;
     return 1 + static_cast<std::int64_t>(Random(key).below(static_cast<std::uint32_t>(raw - 1)));
   }
 

@@ -151,7 +151,7 @@ Plan checked_plan(Example example, std::uint64_t key, const TokenSources& source
   denoisers.check(example.denoiser, example.length, example.cut);
   require(sources.contains(example.dataset, example.start, example.length),
           "an example lies outside the token range of its dataset");
-  if (example.cut == -1) example.cut = denoisers.random_cut(example.denoiser, example.length, key);
+  if (example.cut == kNoCut) example.cut = denoisers.random_cut(example.denoiser, example.length, key);
   const Lengths lengths = denoisers.lengths(example.denoiser, example.length, example.cut);
   if (lengths.spans > static_cast<std::int64_t>(denoisers.sentinel_ids.size())) {
     throw std::invalid_argument(std::to_string(lengths.spans) + " spans need as many sentinels, not " +
@@ -257,7 +257,7 @@ Int32Array random_cuts(const Denoisers& denoisers, const Int32Array& kinds, cons
   {
     py::gil_scoped_release without_gil;
     for (std::size_t i = 0; i < kind_list.size(); ++i) {
-      denoisers.check(kind_list[i], raw_list[i], -1);
+      denoisers.check(kind_list[i], raw_list[i], kNoCut);
       *out++ = static_cast<std::int32_t>(denoisers.random_cut(kind_list[i], raw_list[i], key_list[i]));
     }
   }

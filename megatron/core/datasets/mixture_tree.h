@@ -53,7 +53,7 @@ class MixtureTree {
     return ~node;
   }
 
-  // Calls visit(leaf, draws) with the draws of each leaf before `position`. `passed` is scratch of num_nodes() elements.
+  // Calls visit(leaf, draws) with the draws of each leaf before `position`. `passed` is scratch, num_nodes() elements.
   template <typename Visit>
   void counts(std::uint64_t position, std::vector<std::uint64_t>& passed, Visit&& visit) const {
     if (fractions_.empty()) {

@@ -1,5 +1,5 @@
-// The tokens of corpora, read as rings: each corpus is one array or several end to end, of any integer type that indexed
-// datasets use, and a part of it is joined end to start.
+// The tokens of corpora, read as rings: each corpus is one array or several end to end, of any integer type that
+// indexed datasets use, and a part of it is joined end to start.
 
 #pragma once
 
@@ -42,8 +42,8 @@ inline std::vector<TokenRange> token_ranges(const Int64Array& array) {
   return ranges;
 }
 
-// Copies tokens as int32; false if one is outside [0, vocab_size). Branch-free, so that compilers vectorise it: the sign
-// bit of `flags` ends up set if any id is negative or above the last one.
+// Copies tokens as int32; false if one is outside [0, vocab_size). Branch-free, so that compilers vectorise it: the
+// sign bit of `flags` ends up set if any id is negative or above the last one.
 template <typename Token>
 bool widen(const void* tokens, std::int64_t count, std::int64_t vocab_size, std::int32_t* to) {
   using Wide = std::conditional_t<(sizeof(Token) > 4), std::uint64_t, std::uint32_t>;
@@ -153,7 +153,7 @@ class TokenSources {
     std::int64_t item_size = 1;
   };
 
-  // Calls visit(corpus, address, length) for the contiguous runs that make up the tokens [start, start + count) of a ring.
+  // Calls visit(corpus, address, length) for the contiguous runs that make up tokens [start, start + count) of a ring.
   template <typename Visit>
   void each_run(std::int64_t dataset, std::int64_t start, std::int64_t count, Visit&& visit) const {
     const Corpus& corpus = corpora_[static_cast<std::size_t>(dataset)];

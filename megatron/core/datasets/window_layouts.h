@@ -1,9 +1,9 @@
 // Which tokens the samples of denoising objectives read: epochs of windows over a ring of tokens.
 //
-// An epoch cuts the ring, from a new random offset, into windows that do not overlap, and takes them in a new random order:
-// no token comes twice in it, and fewer than one window is left out. With several denoisers the windows differ in length:
-// window j of the ring has the denoiser that a mixture gives position j, and begins behind all windows before it, whose
-// numbers the mixture tells without looking at them.
+// An epoch cuts the ring, from a new random offset, into windows that do not overlap, and takes them in a new random
+// order: no token comes twice in it, and fewer than one window is left out. With several denoisers the windows differ in
+// length: window j of the ring has the denoiser that a mixture gives position j, and begins behind all windows before
+// it, whose numbers the mixture tells without looking at them.
 
 #pragma once
 
@@ -22,6 +22,7 @@ namespace megatron {
 
 constexpr std::int64_t kMaxWindow = std::int64_t{1} << 30;
 constexpr std::int64_t kPaddingSample = -1;  // the draw of a row without data
+constexpr std::int64_t kNoCut = -1;          // the cut that the example's key decides, or of denoisers that have none
 
 // Uses of a dataset's key that must not share random numbers.
 enum class Domain : std::uint64_t { kOffset = 1, kPermutation = 2, kMask = 3, kGroup = 4 };
@@ -81,9 +82,9 @@ class WindowLayouts {
       if (position >= ring.range.size()) position -= ring.range.size();
       auto draw_of_denoiser = static_cast<std::uint64_t>(window);
       const std::int32_t denoiser = tree_.leaf(draw_of_denoiser);
-      *examples++ = {static_cast<std::int64_t>(row),                       datasets[row],
-                     ring.range.begin + position,                          lengths_[static_cast<std::size_t>(denoiser)],
-                     denoiser, kPaddingSample};
+      const std::int64_t length = lengths_[static_cast<std::size_t>(denoiser)];
+      const std::int64_t start = ring.range.begin + position;
+      *examples++ = {static_cast<std::int64_t>(row), datasets[row], start, length, denoiser, kNoCut};
       *keys++ = derive(ring.mask_key, static_cast<std::uint64_t>(draws[row]));
     }
   }
