@@ -239,7 +239,7 @@ def program(
     line = folder / "line.jsonl"
     line.write_text('{"text": "one line"}\n')
     command = [sys.executable, *command, "--workers", str(workers), "--log-interval", "1000000"]
-    paths = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
     def run(source: Path) -> None:

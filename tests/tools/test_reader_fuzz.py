@@ -107,7 +107,10 @@ def check(folder: Path, content: bytes, name: str, sample_by: Any, chunk_bytes: 
     assert all("\n" not in (chunk.error or "") for chunk in chunks)
     assert [record.line for record in records] == sorted(record.line for record in records)
     if source.records not in ("parquet", "arrow"):
-        assert records_of(source, 1 << 20)[1] == records  # chunks of another size
+        others, found = records_of(source, 1 << 20)  # chunks of another size
+        # How much of a damaged compressed file comes out before the damage is seen depends on the reads.
+        same = min(len(found), len(records)) if any(chunk.error for chunk in [*chunks, *others]) else None
+        assert found[:same] == records[:same]
     if chunks and chunks[0].error is None:  # as --resume goes on
         behind = [record for chunk in chunks[1:] for record in parse_records(chunk, KEYS)]
         assert records_of(source, chunk_bytes, start=chunks[0].end)[1] == behind

@@ -100,12 +100,30 @@ def _batches(
     while True:
         try:
             found = next(batches, None)
+            if found is not None:
+                found = _checked(pyarrow, found[0]), found[1]
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UnreadableError(one_line(reason)[:300]) from error
         if found is None:
             return
         yield found
+
+
+def _checked(pyarrow: Any, batch: Any) -> Any:
+    """The batch, whose offsets are known to lie in its buffers: Arrow trusts them, and damage would be a crash.
+
+    Strings become bytes, since one that is no UTF-8 is the fault of its row and not of the batch.
+    """
+    columns = []
+    for column in batch.columns:
+        if pyarrow.types.is_string(column.type):
+            column = column.view(pyarrow.binary())
+        elif pyarrow.types.is_large_string(column.type):
+            column = column.view(pyarrow.large_binary())
+        column.validate(full=True)
+        columns.append(column)
+    return pyarrow.RecordBatch.from_arrays(columns, batch.schema.names) if columns else batch
 
 
 def _parquet_batches(
@@ -141,7 +159,7 @@ def _without_columns(pyarrow: Any, rows: int) -> Any:
 def _arrow_batches(
     pyarrow: Any, path: Path, chunk_bytes: int, skip: int, keys: Sequence[str]
 ) -> Iterator[tuple[Any, float]]:
-    with pyarrow.memory_map(str(path)) as file:
+    with pyarrow.OSFile(str(path)) as file:  # not mapped: a file that shrinks meanwhile would be a crash
         if file.read(len(_FILE_MAGIC)) == _FILE_MAGIC:
             opened = pyarrow.ipc.open_file(file)
             batches = (opened.get_batch(n) for n in range(opened.num_record_batches))
@@ -180,15 +198,15 @@ def parse_table(chunk: Chunk, keys: Sequence[str]) -> Iterator[Record]:
 
 
 def _texts(pyarrow: Any, column: Any) -> list[Any]:
-    """Values of a column; strings as bytes, since Arrow files may hold some that are no UTF-8."""
+    """Values of a column; texts as bytes."""
     kinds = pyarrow.types
     if kinds.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if kinds.is_string(column.type) or kinds.is_large_string(column.type):
+    if kinds.is_string_view(column.type):
+        column = column.cast(pyarrow.large_string())
+    if kinds.is_string(column.type) or kinds.is_large_string(column.type):  # of a dictionary or a view
         column = column.cast(pyarrow.large_binary())
-    elif kinds.is_string_view(column.type):
-        column = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
-    elif not kinds.is_null(column.type):
+    if not (kinds.is_binary(column.type) or kinds.is_large_binary(column.type) or kinds.is_null(column.type)):
         return [_NotText(str(column.type))] * len(column)
     values: list[Any] = column.to_pylist()
     return values
