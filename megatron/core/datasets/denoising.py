@@ -103,8 +103,8 @@ class Denoiser:
         lengths = self.lengths(raw)
         if self.mean_span_length is None or self.noise_density is None:
             return lengths
-        # With half of the tokens noise, Google keeps the targets no longer than the inputs.
-        if self.noise_density == 0.5 and lengths.targets > lengths.inputs - len(self.mode_ids):
+        # With half of the tokens noise, Google keeps the targets no longer than the inputs, here those with the mode.
+        if self.noise_density == 0.5 and lengths.targets > lengths.inputs:
             lengths = self.lengths(raw - 1)
         wanted, between = round(lengths.noise_tokens / self.mean_span_length), lengths.raw - lengths.noise_tokens
         if wanted > between:

@@ -198,7 +198,8 @@ void fill_rows(const TokenSources& sources, const Int64Array& examples, const UI
 // ---------------------------------------------------------------------------------------------------------
 // Python interface
 
-py::tuple window_examples(const WindowLayouts& layouts, const Int32Array& datasets, const Int64Array& draws) {
+py::tuple window_examples(const WindowLayouts& layouts, const Int32Array& datasets, const Int64Array& draws,
+                          bool whole_blocks) {
   const auto dataset_list = vector_of(datasets, "datasets");
   const auto draw_list = vector_of(draws, "draws");
   require(dataset_list.size() == draw_list.size(), "there must be one dataset for each draw");
@@ -214,7 +215,7 @@ py::tuple window_examples(const WindowLayouts& layouts, const Int32Array& datase
   auto* key = keys.mutable_data();
   {
     py::gil_scoped_release without_gil;
-    layouts.windows(dataset_list, draw_list, example, key);
+    layouts.windows(dataset_list, draw_list, whole_blocks, example, key);
   }
   return py::make_tuple(examples, keys);
 }
@@ -277,6 +278,18 @@ Int32Array read_tokens(const TokenSources& sources, std::int64_t dataset, std::i
   return tokens;
 }
 
+void will_need(const TokenSources& sources, const Int64Array& examples) {
+  const auto numbers = table_of(examples, 6, "examples");
+  py::gil_scoped_release without_gil;
+  for (std::size_t i = 0; i < numbers.size(); i += 6) {
+    const std::int64_t dataset = numbers[i + 1], start = numbers[i + 2], length = numbers[i + 3];
+    require(dataset >= 0 && dataset < sources.size(), "an example has no such dataset");
+    require(length >= 0 && sources.contains(dataset, start, length),
+            "an example lies outside the token range of its dataset");
+    sources.will_need(dataset, start, length);
+  }
+}
+
 UInt64Array derived_keys(std::uint64_t key, const Int64Array& values) {
   const auto value_list = vector_of(values, "values");
   UInt64Array keys(static_cast<py::ssize_t>(value_list.size()));
@@ -296,14 +309,17 @@ PYBIND11_MODULE(helpers, module, py::mod_gil_not_used()) {
                     std::vector<std::string>>(),
            py::arg("corpora").noconvert(), py::arg("ranges").noconvert(), py::arg("vocab_size"),
            py::arg("names") = std::vector<std::string>{})
-      .def("read", &read_tokens, py::arg("dataset"), py::arg("start"), py::arg("length"));
+      .def("read", &read_tokens, py::arg("dataset"), py::arg("start"), py::arg("length"))
+      .def("will_need", &will_need, py::arg("examples").noconvert())
+      .def("expect_random_reads", &TokenSources::expect_random_reads);
   py::class_<WindowLayouts>(module, "WindowLayouts")
       .def(py::init<const Int64Array&, const UInt64Array&, const Int64Array&, const UInt64Array&, const Int32Array&,
                     std::int64_t>(),
            py::arg("ranges").noconvert(), py::arg("keys").noconvert(), py::arg("window_lengths").noconvert(),
            py::arg("fractions").noconvert(), py::arg("children").noconvert(), py::arg("block_windows") = 1)
       .def_property_readonly("windows_per_epoch", &windows_per_epoch)
-      .def("examples", &window_examples, py::arg("datasets").noconvert(), py::arg("draws").noconvert());
+      .def("examples", &window_examples, py::arg("datasets").noconvert(), py::arg("draws").noconvert(),
+           py::arg("whole_blocks") = false);
   py::class_<Denoisers>(module, "Denoisers")
       .def(py::init<const Array<double>&, const std::vector<Int32Array>&, const Int32Array&, std::int64_t,
                     std::int64_t, std::int64_t, std::int64_t>(),

@@ -35,6 +35,12 @@ class TokenSources:
             TokenOutOfVocabularyError: A token is not in [0, vocab_size); says dataset, id and token offset.
         """
 
+    def will_need(self, examples: NDArray[np.int64]) -> None:
+        """Ask for the tokens of examples [m, 6] from the disk without waiting, so that they are read side by side."""
+
+    def expect_random_reads(self) -> None:
+        """Let memory maps read what is asked for and not megabytes around it."""
+
 class WindowLayouts:
     """Which windows of rings the samples are, epoch after epoch. Threads can share it."""
 
@@ -64,13 +70,14 @@ class WindowLayouts:
         """The most windows that fit each ring, [d]."""
 
     def examples(
-        self, datasets: NDArray[np.int32], draws: NDArray[np.int64]
+        self, datasets: NDArray[np.int32], draws: NDArray[np.int64], whole_blocks: bool = False
     ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """The windows that draws of datasets are.
 
         Args:
             datasets: int32 [b].
             draws: int64 [b], how-manieth sample of the dataset; -1 gives no window.
+            whole_blocks: Give the block that each window is in, as what is to be read from the disk.
 
         Returns:
             As `fill_rows` takes them: examples int64 [m, 6], in the row of their place in `draws` and with cuts of -1,

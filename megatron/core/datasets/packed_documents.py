@@ -34,7 +34,14 @@ from megatron.core.datasets import helpers, packing_helpers
 from megatron.core.datasets.blending import Blend
 from megatron.core.datasets.corpus import CorpusRange
 from megatron.core.datasets.denoising import DenoisingPlan
-from megatron.core.datasets.t5_dataset import Batch, SpecialTokens, _dataset_key
+from megatron.core.datasets.t5_dataset import (
+    Batch,
+    SpecialTokens,
+    dataset_key,
+    denoisers_for,
+    exceeds_memory,
+    open_sources,
+)
 from megatron.core.errors import UserError
 
 PHASES = 8
@@ -406,26 +413,22 @@ class PackedDocumentsDataset:
         self.kinds = tuple(denoiser.name for denoiser in plan.denoisers)
         self.parts = tuple(parts)
         self.blend = blend
-        table, mode_ids = plan.table()
-        self._denoisers = helpers.Denoisers(
-            table, mode_ids, np.array(special.sentinel_ids, np.int32), special.eos_id, special.pad_id,
-            special.decoder_start_id, special.vocab_size,
-        )  # fmt: skip
+        self._denoisers = denoisers_for(plan, special)
         names = [name] if blend is None else [f"{name}/{index}" for index in range(len(parts))]
         group_blocks = max(1, GROUP_BLOCKS // len(parts))
         self._rows = []
         for part, part_name in zip(parts, names, strict=True):
-            key = _dataset_key(seed, part_name)
+            key = dataset_key(seed, part_name)
             rows = DocumentRows(part, plan, self._denoisers, key, window, group_blocks)
             if rows.rows_per_epoch == 0:
                 raise UserError(
                     f"{part.name} has no {name} document of 2 tokens or more; use more text or another --split"
                 )
             self._rows.append(rows)
-        self._sources = helpers.TokenSources(
-            [part.corpus.pieces for part in parts], np.array([part.tokens for part in parts], np.int64),
-            special.vocab_size, [part.name for part in parts],
-        )  # fmt: skip
+        self._sources = open_sources(parts, special)
+        self._reads_disk = exceeds_memory(parts)
+        if self._reads_disk:
+            self._sources.expect_random_reads()
         self.left_out = sum(rows.left_out for rows in self._rows)
         self.windows_per_epoch = sum(rows.rows_per_epoch for rows in self._rows)
         # Of a blend, a part has its share of the rows.
@@ -452,8 +455,11 @@ class PackedDocumentsDataset:
 
         encoder, decoder = self.encoder_length, self.decoder_length
         batch = Batch(rows_of(encoder), rows_of(decoder), rows_of(decoder), rows_of(encoder), rows_of(decoder))
+        examples = np.concatenate(numbers)
+        if self._reads_disk:
+            self._sources.will_need(examples)
         try:
-            helpers.fill_rows(self._sources, np.concatenate(numbers), np.concatenate(keys), self._denoisers, *batch)
+            helpers.fill_rows(self._sources, examples, np.concatenate(keys), self._denoisers, *batch)
         except helpers.TokenOutOfVocabularyError as error:
             raise UserError(f"{error}; use the tokenizer that the corpus was preprocessed with") from None
         return batch

@@ -13,6 +13,7 @@ Legend: b samples, s_enc encoder tokens, s_dec decoder tokens, m windows.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -154,15 +155,19 @@ class DenoisingDataset:
                     "use more text, another --split or a smaller --encoder-seq-length"
                 )
         ranges = np.array([part.tokens for part in parts], np.int64)
-        keys = [_dataset_key(seed, name if blend is None else f"{name}/{index}") for index in range(len(parts))]
+        keys = [dataset_key(seed, name if blend is None else f"{name}/{index}") for index in range(len(parts))]
         self.blend = blend
         self._windows_a_row = 2 if plan.paired else 1
         # Rows that are not full need segment ids, which keep the model from attending to padding.
         full = plan.windows[0].inputs == self.encoder_length and len({window.inputs for window in plan.windows}) == 1
         varies = any(denoiser.noise_density is None for denoiser in plan.denoisers)
         self._has_segments = varies or not full
-        pieces, names = [part.corpus.pieces for part in parts], [part.name for part in parts]
-        self._sources = helpers.TokenSources(pieces, ranges, special.vocab_size, names)
+        self._sources = open_sources(parts, special)
+        # From the disk, a batch's windows are asked for together, and in blocks where that is wanted.
+        self._whole_blocks = block_windows > 1
+        self._reads_disk = self._whole_blocks or exceeds_memory(parts)
+        if self._reads_disk:
+            self._sources.expect_random_reads()
         self._denoisers = denoisers_for(plan, special)
         self._layouts = helpers.WindowLayouts(
             ranges, np.array(keys, np.uint64), np.array([window.raw for window in plan.windows], np.int64),
@@ -182,6 +187,9 @@ class DenoisingDataset:
             UserError: A corpus has a token id outside the vocabulary.
         """
         examples, keys = self._examples(sample_ids)
+        if self._reads_disk:
+            read = self._layouts.examples(*self._draws(sample_ids), True)[0] if self._whole_blocks else examples
+            self._sources.will_need(read)
         encoder_shape = len(sample_ids), self.encoder_length
         decoder_shape = len(sample_ids), self.decoder_length
         batch = Batch(
@@ -214,21 +222,25 @@ class DenoisingDataset:
         examples, _ = self._examples(np.array([sample_id], np.int64))
         return [self._sources.read(*map(int, example[_DATASET : _LENGTH + 1])) for example in examples]
 
-    def _examples(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """The windows of these samples, as `helpers.fill_rows` takes them, and their keys.  # [m, 6], [m]"""
+    def _draws(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Part and draw of each window of these samples; of pairs, two for each sample."""
         ids = np.ascontiguousarray(sample_ids, np.int64)
-        if self.blend is None:
-            datasets, draws = np.zeros(ids.size, np.int32), ids
-        else:
+        datasets, draws = np.zeros(ids.size, np.int32), ids
+        if self.blend is not None:
             given = np.flatnonzero(ids != PADDING_SAMPLE)
-            datasets, draws = np.zeros(ids.size, np.int32), np.full(ids.size, PADDING_SAMPLE, np.int64)
+            draws = np.full(ids.size, PADDING_SAMPLE, np.int64)
             datasets[given], draws[given] = self.blend.draws(ids[given])
         if not self.plan.paired:
-            return self._layouts.examples(datasets, draws)
+            return datasets, draws
         # Row n has windows 2n and 2n + 1.
         windows = np.where(draws == PADDING_SAMPLE, PADDING_SAMPLE, 2 * draws)
-        pairs = np.stack([windows, windows + (windows >= 0)], axis=1).reshape(-1)
-        examples, keys = self._layouts.examples(np.repeat(datasets, 2), pairs)
+        return np.repeat(datasets, 2), np.stack([windows, windows + (windows >= 0)], axis=1).reshape(-1)
+
+    def _examples(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """The windows of these samples, as `helpers.fill_rows` takes them, and their keys.  # [m, 6], [m]"""
+        examples, keys = self._layouts.examples(*self._draws(sample_ids))
+        if not self.plan.paired:
+            return examples, keys
         examples[:, _ROW] //= 2
         denoisers, raw = examples[::2, _DENOISER].astype(np.int32), examples[::2, _LENGTH].astype(np.int32)
         cuts = self._denoisers.cuts(denoisers, raw, np.ascontiguousarray(keys[::2]))
@@ -240,6 +252,20 @@ class DenoisingDataset:
 _ROW, _DATASET, _START, _LENGTH, _DENOISER, _CUT = range(6)  # columns of the examples of `helpers.fill_rows`
 
 
+def open_sources(parts: Sequence[CorpusRange], special: SpecialTokens) -> helpers.TokenSources:
+    """The tokens of the parts for the C++ side."""
+    return helpers.TokenSources(
+        [part.corpus.pieces for part in parts], np.array([part.tokens for part in parts], np.int64),
+        special.vocab_size, [part.name for part in parts],
+    )  # fmt: skip
+
+
+def exceeds_memory(parts: Sequence[CorpusRange]) -> bool:
+    """Whether the corpora are more than the page cache is likely to keep: half of this machine's memory."""
+    size = sum(piece.nbytes for part in parts for piece in part.corpus.pieces)
+    return size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
 def denoisers_for(plan: DenoisingPlan, special: SpecialTokens) -> helpers.Denoisers:
     """The plan's denoisers for the C++ side."""
     table, mode_ids = plan.table()
@@ -249,6 +275,6 @@ def denoisers_for(plan: DenoisingPlan, special: SpecialTokens) -> helpers.Denois
     )  # fmt: skip
 
 
-def _dataset_key(seed: int, name: str) -> int:
+def dataset_key(seed: int, name: str) -> int:
     """64 bits that differ between seeds of any size and between names."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")

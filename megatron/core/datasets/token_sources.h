@@ -3,6 +3,9 @@
 
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -122,7 +125,30 @@ class TokenSources {
     });
   }
 
+  // Asks for the pages of a run from the disk, without waiting: the reads of a batch then go on beside each other.
+  void will_need(std::int64_t dataset, std::int64_t start, std::int64_t count) const {
+    each_run(dataset, start, count, [](const Corpus& corpus, const char* from, std::int64_t length) {
+      advise(from, length * corpus.item_size, MADV_WILLNEED);
+    });
+  }
+
+  // Tells the system that a read says nothing about the next one, so that it reads no megabytes around each.
+  void expect_random_reads() const {
+    for (const Corpus& corpus : corpora_) {
+      for (const auto& piece : corpus.pieces) {
+        advise(static_cast<const char*>(piece.data()), static_cast<std::int64_t>(piece.nbytes()), MADV_RANDOM);
+      }
+    }
+  }
+
  private:
+  // Advice for the pages that hold these bytes; it changes no results, so that a refusal does not matter.
+  static void advise(const char* from, std::int64_t size, int advice) {
+    const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+    const auto begin = reinterpret_cast<std::uintptr_t>(from) / page * page;
+    ::madvise(reinterpret_cast<void*>(begin), reinterpret_cast<std::uintptr_t>(from) + size - begin, advice);
+  }
+
   // Arrays end to end, those without tokens left out.
   struct Corpus {
     explicit Corpus(const std::vector<py::array>& arrays) {

@@ -66,9 +66,10 @@ class WindowLayouts {
 
   std::int64_t size() const { return static_cast<std::int64_t>(rings_.size()); }
 
-  // The windows of these draws and the keys of their masks. Draws of one dataset in a row are cheaper than others.
-  void windows(const std::vector<std::int32_t>& datasets, const std::vector<std::int64_t>& draws, Example* examples,
-               std::uint64_t* keys) const {
+  // The windows of these draws and the keys of their masks; of `whole_blocks`, all of the block that a window is in.
+  // Draws of one dataset in a row are cheaper than others.
+  void windows(const std::vector<std::int32_t>& datasets, const std::vector<std::int64_t>& draws, bool whole_blocks,
+               Example* examples, std::uint64_t* keys) const {
     Order order;
     std::vector<std::uint64_t> scratch(tree_.num_nodes());
     for (std::size_t row = 0; row < draws.size(); ++row) {
@@ -77,12 +78,17 @@ class WindowLayouts {
       const std::int64_t epoch = draws[row] / ring.windows;
       if (order.ring != &ring || order.epoch != epoch) order = Order(ring, epoch);
       const std::int64_t window = window_at(order, draws[row] - epoch * ring.windows);
-      // Neither sum overflows: both numbers are at most 2^62.
-      std::int64_t position = order.offset + static_cast<std::int64_t>(extent(window, scratch));
-      if (position >= ring.range.size()) position -= ring.range.size();
       auto draw_of_denoiser = static_cast<std::uint64_t>(window);
       const std::int32_t denoiser = tree_.leaf(draw_of_denoiser);
-      const std::int64_t length = lengths_[static_cast<std::size_t>(denoiser)];
+      const std::int64_t first = whole_blocks ? window - window % block_ : window;
+      const Wide begin = extent(first, scratch);
+      std::int64_t length = lengths_[static_cast<std::size_t>(denoiser)];
+      if (whole_blocks) {
+        length = static_cast<std::int64_t>(extent(std::min(first + block_, ring.windows), scratch) - begin);
+      }
+      // Neither sum overflows: both numbers are at most 2^62.
+      std::int64_t position = order.offset + static_cast<std::int64_t>(begin);
+      if (position >= ring.range.size()) position -= ring.range.size();
       const std::int64_t start = ring.range.begin + position;
       *examples++ = {static_cast<std::int64_t>(row), datasets[row], start, length, denoiser, kNoCut};
       *keys++ = derive(ring.mask_key, static_cast<std::uint64_t>(draws[row]));

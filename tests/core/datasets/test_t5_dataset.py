@@ -284,3 +284,35 @@ def test_corpus_shorter_than_one_window() -> None:
 def test_split_that_is_none_is_refused(split: str) -> None:
     with pytest.raises(UserError, match="--split"):
         DataConfig(split=split)
+
+
+@pytest.mark.parametrize("values", [{}, {"shuffle_block_windows": 8}, {"objective": "prefix-lm"}], ids=str)
+def test_reading_ahead_changes_no_sample(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write(tmp_path / "d", [distinct_tokens()[:5000], distinct_tokens()[5000:]])
+    part = split_corpus(corpus, (1, 0, 0), "d")["train"]
+
+    def build() -> DenoisingDataset:
+        options = config(**values)
+        return DenoisingDataset(
+            [part], plan_for(options, SPECIAL), SPECIAL, 0, block_windows=options.shuffle_block_windows
+        )
+
+    plain = build()
+    monkeypatch.setattr("megatron.core.datasets.t5_dataset.exceeds_memory", lambda parts: True)
+    ahead, ids = build(), np.array([3, -1, 0, 500, 7])
+    for found, expected in zip(ahead.batch(ids), plain.batch(ids), strict=True):
+        assert (found is None and expected is None) or np.array_equal(found, expected)
+
+
+def test_the_block_of_a_window_is_what_is_read() -> None:
+    """Blocks hold their windows, have the length of eight of them, and do not overlap."""
+    part = in_memory(distinct_tokens())
+    samples = DenoisingDataset([part], plan_for(config(), SPECIAL), SPECIAL, 0, block_windows=8)
+    raw, ids = samples.plan.windows[0].raw, np.arange(samples.windows_per_epoch)
+    windows = samples._layouts.examples(np.zeros(ids.size, np.int32), ids)[0][:, 2]
+    blocks = samples._layouts.examples(np.zeros(ids.size, np.int32), ids, True)[0][:, 2:4]
+    assert np.all((windows - blocks[:, 0]) % NUM_TOKENS + raw <= blocks[:, 1])
+    distinct = np.unique(blocks, axis=0)
+    assert distinct[:, 1].sum() == raw * ids.size and set(distinct[:, 1]) == {8 * raw, raw * (ids.size % 8)} - {0}

@@ -1,0 +1,195 @@
+"""A corpus of 10^12 tokens and 10^9 documents, and what reading in blocks spares a disk.
+
+`start` is a sparse dataset of that size (uint16, documents of 1,000 tokens; real entries of the index where the splits
+begin and end, real ids where samples are read): from nothing to the first batch, without the import of the program, and
+a batch of samples from both ends and the middle of the corpus, whose ids are compared. Memory is what the process has
+more than after the imports. `blocks` reads an epoch's first samples of a dataset from a cold page cache (which takes
+root) in the order of `--shuffle-block-windows` 1, 16 and 256, and says how many bytes come from the disk for each byte
+of the samples; with `ahead`, as corpora larger than memory and blocks are read: batch by batch, nothing around it.
+Prints one JSON object a row.
+
+    python benchmarks/scale.py [--gigabytes 2] [--directory .] [--output benchmarks/results/scale.jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from span_corruption import cpu_model
+from verify import drop_caches, write_dataset
+
+from megatron.core.config import DataConfig
+from megatron.core.datasets import t5_dataset
+from megatron.core.datasets.corpus import open_corpus, split_corpus
+from megatron.core.datasets.denoising import DenoisingPlan
+from megatron.core.datasets.t5_dataset import DenoisingDataset, SpecialTokens
+
+SPECIAL = SpecialTokens(32_100, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=tuple(range(32_099, 31_999, -1)))
+DOCUMENT_TOKENS = 1000
+SPLIT = "969,30,1"
+BATCH = 128
+
+
+def ids_at(places: NDArray[np.int64]) -> NDArray[np.uint16]:
+    """The token that the sparse corpus has at each place."""
+    return ((places.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)) % 32_000).astype("<u2")
+
+
+def write_sparse_dataset(prefix: Path, num_documents: int) -> None:
+    """A dataset of `num_documents` documents whose files have holes but for headers and the ends of splits."""
+    num_tokens, size = num_documents * DOCUMENT_TOKENS, num_documents
+    bounds = np.round(np.cumsum([0, 0.969, 0.03, 0.001]) * num_documents).astype(np.int64)
+    with Path(f"{prefix}.idx").open("wb") as file:
+        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, size, size + 1))
+        for bound in bounds.tolist():
+            around = np.arange(max(bound - 2, 0), min(bound + 3, size + 1), dtype=np.int64)
+            sequences = around[around < size]
+            for start, values in (
+                (34 + 4 * int(around[0]), np.full(sequences.size, DOCUMENT_TOKENS, "<i4")),
+                (34 + 4 * size + 8 * int(around[0]), (sequences * DOCUMENT_TOKENS * 2).astype("<i8")),
+                (34 + 12 * size + 8 * int(around[0]), around.astype("<i8")),
+            ):
+                file.seek(start)
+                file.write(values.tobytes())
+        file.truncate(34 + 20 * size + 8)
+    with Path(f"{prefix}.bin").open("wb") as file:
+        file.truncate(2 * num_tokens)
+
+
+def build(prefix: Path, block_windows: int = 1) -> DenoisingDataset:
+    """The training samples of a dataset."""
+    config = DataConfig(split=SPLIT)
+    plan = DenoisingPlan.build(config, len(SPECIAL.sentinel_ids))
+    part = split_corpus(open_corpus(prefix), config.split_weights(), str(prefix))["train"]
+    return DenoisingDataset([part], plan, SPECIAL, 0, "train", block_windows=block_windows)
+
+
+def resident_mib() -> float:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def samples_of_both_ends(dataset: DenoisingDataset) -> NDArray[np.int64]:
+    """Samples whose windows lie nearest to the ends of the split, found among 10^6, and some others."""
+    ids = np.arange(1_000_000)
+    starts = dataset._examples(ids)[0][:, 2]
+    order = np.argsort(starts)
+    return np.concatenate([order[:BATCH], order[-BATCH:], ids[:BATCH]])
+
+
+def start(connection: Any, prefix: Path) -> None:
+    """Open the sparse corpus, make a batch, and check samples, in a process of its own."""
+    before, began = resident_mib(), time.perf_counter()
+    dataset = build(prefix)
+    dataset.batch(np.arange(BATCH))
+    seconds, mib = time.perf_counter() - began, resident_mib() - before
+    ids = samples_of_both_ends(dataset)
+    examples = dataset._examples(ids)[0]
+    ring = dataset.parts[0].tokens
+    with Path(f"{prefix}.bin").open("r+b") as file:
+        for first, length in examples[:, 2:4].tolist():
+            places = np.arange(first, first + length)
+            places = np.where(places < ring[1], places, places - ring[1] + ring[0])
+            for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
+                file.seek(2 * int(run[0]))
+                file.write(ids_at(run).tobytes())
+    wrong = 0
+    batch = dataset.batch(ids)
+    for row, (first, length) in enumerate(examples[:, 2:4].tolist()):
+        places = np.arange(first, first + length)
+        expected = ids_at(np.where(places < ring[1], places, places - ring[1] + ring[0])).astype(np.int64)
+        ours = [batch.encoder_input_ids[row, :-1], batch.labels[row, :-1]]
+        found = np.concatenate([side[side < 32_000] for side in ours])
+        wrong += not np.array_equal(np.sort(found), np.sort(expected))
+    connection.send(
+        {
+            "name": "start", "tokens": dataset.parts[0].corpus.num_tokens,
+            "documents": dataset.parts[0].corpus.num_documents, "seconds_to_first_batch": seconds,
+            "memory_mib": mib, "samples_compared": ids.size, "wrong_samples": wrong,
+            "memory_mib_afterwards": resident_mib() - before,
+        }
+    )  # fmt: skip
+
+
+def read_bytes() -> int:
+    """Bytes that this process has had read from disks."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+
+def blocks(connection: Any, prefix: Path, block_windows: int, ahead: bool, num_samples: int) -> None:
+    """Read samples from a cold cache, in a process of its own."""
+    t5_dataset.exceeds_memory = lambda parts: ahead
+    dataset = build(prefix, block_windows)
+    before, began = read_bytes(), time.perf_counter()
+    for first in range(0, num_samples, BATCH):
+        dataset.batch(np.arange(first, first + BATCH))
+    seconds, fetched = time.perf_counter() - began, read_bytes() - before
+    wanted = 2 * dataset.plan.windows[0].raw * num_samples
+    connection.send(
+        {
+            "name": "blocks", "block_windows": block_windows, "ahead": ahead, "samples": num_samples,
+            "samples_of_epoch": dataset.windows_per_epoch, "bytes_read_for_each": fetched / wanted,
+            "samples_per_s": num_samples / seconds,
+        }
+    )  # fmt: skip
+
+
+def in_process(function: Callable[..., None], *arguments: Any) -> dict[str, Any]:
+    """What `function` sends from a new process."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=function, args=(theirs, *arguments))
+    process.start()
+    theirs.close()
+    row: dict[str, Any] = ours.recv()
+    process.join()
+    return row
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2, help="of the dataset that is read in blocks")
+    parser.add_argument("--documents", type=int, default=10**9)
+    parser.add_argument("--directory", default=None)
+    parser.add_argument("--output", type=Path)
+    flags = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(dir=flags.directory) as folder:
+        sparse = Path(folder, "sparse")
+        write_sparse_dataset(sparse, flags.documents)
+        rows.append(in_process(start, sparse))
+        Path(f"{sparse}.bin").unlink()
+        dense = Path(folder, "dense")
+        write_dataset(dense, int(flags.gigabytes * 1e9), seed=0)
+        for block_windows, ahead in ((1, False), (1, True), (16, True), (256, True)):
+            if not drop_caches():
+                print("no rows of blocks: the page cache can only be dropped by root", file=sys.stderr)
+                break
+            rows.append(in_process(blocks, dense, block_windows, ahead, 64 * BATCH))
+    lines = [
+        json.dumps(row | {"benchmark": "scale", "machine": {"cpu": cpu_model(), "system": platform.platform()}})
+        for row in rows
+    ]
+    print("\n".join(lines))
+    if flags.output:
+        flags.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
