@@ -465,6 +465,8 @@ class DataConfig:
             raise UserError(f"--packing pairs does not go with --objective {self.objective}; give segments or none")
         if self.denoisers and self.objective != "ul2":
             raise UserError(f"--denoisers goes with --objective ul2, not {self.objective}; drop one of them")
+        if self.shuffle_block_windows > 1 and (self.packing == "segments" or self.objective == "text-to-text"):
+            raise UserError("--shuffle-block-windows is about windows, not about packed documents; drop it")
         if not 0.0 < self.noise_density < 1.0:
             raise UserError(f"--noise-density is {self.noise_density}; it must lie between 0 and 1")
         self._check_corpora()

@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from megatron.core.config import DataConfig, TokenizerConfig
 from megatron.core.datasets.blending import Blend, BlendSpec, CorpusSpec, blend_rates, corpora_of
+from megatron.core.datasets.checksums import combined_crc32
 from megatron.core.datasets.corpus import Corpus, CorpusRange, open_corpus, split_corpus
 from megatron.core.datasets.corpus_cache import is_text, prepare_text
 from megatron.core.datasets.denoising import DenoisingPlan, mode_tokenizer
@@ -21,6 +24,7 @@ from megatron.core.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from megatron.training.config import RunConfig
 
 SHOWN_NAMES = 5  # in a warning about many corpora
+MOST_LOOKED_AT = 1000  # documents of a split whose lengths are looked at before they are packed
 
 
 class Split(NamedTuple):
@@ -50,9 +54,10 @@ class OpenedCorpora(NamedTuple):
 
 def prepare_texts(config: RunConfig) -> None:
     """Tokenize the corpora that are text, unless that was done before."""
-    for spec in _all_specs(corpora_of(config.data)):
-        if is_text(spec.path):
-            prepare_text(spec.path, config.tokenizer, config.data)
+    paths = [spec.path for spec in _all_specs(corpora_of(config.data)) if is_text(spec.path)]
+    tokenizer = _tokenizer_of_flags(config.tokenizer) if paths else None
+    for path in paths:
+        prepare_text(path, config.tokenizer, config.data, built=tokenizer)
 
 
 def open_corpora(config: RunConfig) -> OpenedCorpora:
@@ -66,10 +71,11 @@ def open_corpora(config: RunConfig) -> OpenedCorpora:
     """
     spec = corpora_of(config.data)
     opened = _open_all(spec, config)
-    corpora = list(opened.values())
-    tokenizer = resolve_tokenizer(corpora[0], config.tokenizer)
-    for corpus in corpora[1:]:
-        _check_tokenizer(corpus, corpora[0], tokenizer)
+    # Data of Megatron-LM do not say what made them; ids outside the vocabulary are refused when they are read.
+    telling = [corpus for corpus in opened.values() if corpus.manifest is not None]
+    tokenizer = resolve_tokenizer(next(iter([*telling, *opened.values()])), config.tokenizer)
+    for corpus in telling[1:]:
+        _check_tokenizer(corpus, telling[0], tokenizer)
     special = SpecialTokens.from_tokenizer(tokenizer)
     plan = DenoisingPlan.build(config.data, len(special.sentinel_ids), mode_tokenizer(tokenizer))
     splits, warnings = _splits(spec, opened, config.data, plan)
@@ -94,8 +100,13 @@ def _open_all(spec: BlendSpec, config: RunConfig) -> dict[str, Corpus]:
     """Every corpus, by the path that the user gave."""
     opened: dict[str, Corpus] = {}
     paths: dict[Path, str] = {}  # by prefix
-    for corpus in _all_specs(spec):
-        prefix = _prefix_of(corpus.path, config)
+    specs = _all_specs(spec)
+    tokenizer = _tokenizer_of_flags(config.tokenizer) if any(is_text(corpus.path) for corpus in specs) else None
+    for corpus in specs:
+        if is_text(corpus.path):
+            prefix = prepare_text(corpus.path, config.tokenizer, config.data, built=tokenizer)
+        else:
+            prefix = resolve_prefix(corpus.path)
         if other := paths.get(prefix):
             if other != corpus.path:
                 raise UserError(f"{other} and {corpus.path} are the same corpus, {prefix}; name it once")
@@ -105,8 +116,12 @@ def _open_all(spec: BlendSpec, config: RunConfig) -> dict[str, Corpus]:
     return opened
 
 
-def _prefix_of(path: str, config: RunConfig) -> Path:
-    return prepare_text(path, config.tokenizer, config.data) if is_text(path) else resolve_prefix(path)
+def _tokenizer_of_flags(config: TokenizerConfig) -> Tokenizer | None:
+    return build_tokenizer(config) if _names_tokenizer(config) else None
+
+
+def _names_tokenizer(config: TokenizerConfig) -> bool:
+    return bool(config.tokenizer_type or config.tokenizer_model or config.vocab_file)
 
 
 def _splits(
@@ -116,24 +131,34 @@ def _splits(
     shortest = 2 if config.packing == "segments" else max(window.raw for window in plan.windows)
     ranges = {s.path: split_corpus(opened[s.path], s.split_weights(config), s.path) for s in spec.shared}
     splits, warnings = {}, []
-    for name, weight in zip(SPLIT_NAMES, config.split_weights(), strict=True):
-        specs = spec.of_split(name)
-        parts = [ranges[s.path][name] if s.path in ranges else _whole(opened[s.path], s.path) for s in specs]
-        short = [part for part in parts if part.num_tokens < shortest]
-        if name == "train" and short:
-            raise UserError(_too_short(short[0], shortest, config, alone=len(parts) == 1))
-        expected = weight > 0 if spec.shared else bool(specs)
-        if short and expected:
-            warnings.append(_held_out_warning(name, short, len(parts), shortest, config))
-        kept = [(part, s) for part, s in zip(parts, specs, strict=True) if part not in short]
-        tokens = [part.num_tokens for part, _ in kept]
-        rates = blend_rates(tokens, [s for _, s in kept], config) if len(kept) > 1 else [1] * len(kept)
-        splits[name] = Split([part for part, _ in kept], rates)
+    for index, name in enumerate(SPLIT_NAMES):
+        # A corpus whose own shares leave this split nothing is not meant for it.
+        divided = [(s, ranges[s.path][name]) for s in spec.shared if s.split_weights(config)[index] > 0]
+        parts = divided + [(s, _whole(opened[s.path], s.path)) for s in spec.by_split.get(name, ())]
+        short = [part for _, part in parts if _is_short(part, shortest, config)]
+        if short and name == "train":
+            raise UserError(_too_short(short[0], shortest, alone=len(parts) == 1))
+        if short:
+            flag = f"--split {config.split}" if divided and divided[0][0].split is None else None
+            warnings.append(_held_out_warning(name, short, len(parts), shortest, flag))
+        kept = [(s, part) for s, part in parts if part not in short]
+        tokens = [part.num_tokens for _, part in kept]
+        rates = blend_rates(tokens, [s for s, _ in kept], config) if len(kept) > 1 else [1] * len(kept)
+        splits[name] = Split([part for _, part in kept], rates)
         if name == "train" and (warning := _unimax_warning(sum(tokens), config)):
             warnings.append(warning)
     if not splits["train"].parts:
-        raise UserError("no corpus is for training; give one with --data-path or --train-data-path")
+        raise UserError("no corpus is for training; give one with --data-path or --train-data-path, or another --split")
     return splits, warnings
+
+
+def _is_short(part: CorpusRange, shortest: int, config: DataConfig) -> bool:
+    """Whether a range has not even one sample."""
+    if part.num_tokens < shortest:
+        return True
+    if config.packing != "segments" or part.num_documents > MOST_LOOKED_AT:
+        return False
+    return bool(np.diff(part.corpus.document_starts(*part.documents)).max() < shortest)
 
 
 def _unimax_warning(num_tokens: int, config: DataConfig) -> str | None:
@@ -150,7 +175,7 @@ def _whole(corpus: Corpus, name: str) -> CorpusRange:
     return CorpusRange(corpus, name, (0, corpus.num_documents), (0, corpus.num_tokens))
 
 
-def _too_short(part: CorpusRange, shortest: int, config: DataConfig, alone: bool) -> str:
+def _too_short(part: CorpusRange, shortest: int, alone: bool) -> str:
     cure = (
         "use more text, another --split or a smaller --encoder-seq-length"
         if alone
@@ -159,14 +184,12 @@ def _too_short(part: CorpusRange, shortest: int, config: DataConfig, alone: bool
     return f"{part.name} has {part.num_tokens} train tokens, but one sample takes {shortest}; {cure}"
 
 
-def _held_out_warning(name: str, short: list[CorpusRange], num_parts: int, shortest: int, config: DataConfig) -> str:
+def _held_out_warning(name: str, short: list[CorpusRange], num_parts: int, shortest: int, flag: str | None) -> str:
     use = "validation" if name == "valid" else name
     if num_parts == 1:
-        num_tokens = short[0].num_tokens
-        return (
-            f"--split {config.split} leaves {num_tokens} of {short[0].name}'s tokens for {use}, but one sample "
-            f"takes {shortest}; there will be no {use} loss"
-        )
+        leaves = f"{flag} leaves {short[0].num_tokens} of {short[0].name}'s tokens for {use}"
+        has = f"{short[0].name} has {short[0].num_tokens} tokens for {use}"
+        return f"{leaves if flag else has}, but one sample takes {shortest}; there will be no {use} loss"
     names = ", ".join(part.name for part in short[:SHOWN_NAMES]) + (", ..." if len(short) > SHOWN_NAMES else "")
     return (
         f"{len(short)} of {num_parts} corpora have fewer {use} tokens than the {shortest} of one sample and are left "
@@ -201,11 +224,19 @@ def _fingerprint(train: Split, divided_by_flag: bool) -> dict[str, Any]:
     }
 
 
-def _identity(corpus: Corpus) -> list[Any]:
-    """What tells a corpus of a blend from others: checksums where manifests have them, since thousands of corpora could
-    not all be read at hundreds of places."""
-    checksums = [((shard.manifest or {}).get("files") or {}).get("bin") for shard in corpus.shards]
-    return checksums if all(checksums) else [corpus.describe()]
+def _identity(corpus: Corpus) -> Any:
+    """What tells a corpus of a blend from others: the checksum of its ids, the same in one file and in shards.
+
+    Manifests have it, since thousands of corpora could not all be read at hundreds of places.
+    """
+    files = [(shard.manifest or {}).get("files") for shard in corpus.shards]
+    whole = 0
+    for described in files:
+        ids = described.get("bin") if isinstance(described, dict) else None
+        if ids is None:
+            return corpus.describe()
+        whole = combined_crc32(whole, ids["crc32"], ids["bytes"])
+    return [corpus.num_tokens, whole]
 
 
 def _manifest_entry(corpus: Corpus, *keys: str) -> str:
@@ -223,8 +254,7 @@ def _manifest_entry(corpus: Corpus, *keys: str) -> str:
 
 def resolve_tokenizer(corpus: Corpus, config: TokenizerConfig) -> Tokenizer:
     """The tokenizer of the flags, or else the one that travels with the data; checked against the manifest."""
-    given = config.tokenizer_type or config.tokenizer_model or config.vocab_file
-    if given:
+    if _names_tokenizer(config):
         tokenizer, source = build_tokenizer(config), "the tokenizer of the flags"
     elif corpus.manifest is None:
         raise UserError(
@@ -247,8 +277,7 @@ def resolve_tokenizer(corpus: Corpus, config: TokenizerConfig) -> Tokenizer:
 
 def _check_tokenizer(corpus: Corpus, first: Corpus, tokenizer: Tokenizer) -> None:
     """Refuse a corpus whose ids another tokenizer made."""
-    if first.manifest is None or corpus.manifest is None:
-        return  # data of Megatron-LM do not say; ids outside the vocabulary are refused when they are read
+    assert corpus.manifest is not None
     ours, others = (_manifest_entry(c, "tokenizer", "fingerprint") for c in (first, corpus))
     if ours != others and not tokenizer.spells_as(corpus.manifest["tokenizer"]):
         raise UserError(

@@ -106,6 +106,61 @@ def test_splits_of_a_blend(corpora: dict[str, str]) -> None:
     assert apart.datasets["test"] is None and not apart.warnings
 
 
+def test_held_out_corpora_that_are_too_short_are_named(corpora: dict[str, str], tmp_path: Path) -> None:
+    short = str(write_corpus(tmp_path / "short", 1))
+    flags = ["--seq-length", "900", "--train-data-path", corpora["large"], "--valid-data-path", short]
+    assert opened(*flags).warnings == [
+        f"{short} has 708 tokens for validation, but one sample takes 999; there will be no validation loss"
+    ]
+    blend = tmp_path / "blend.yaml"
+    blend.write_text(f"corpora: [{{path: {corpora['large']}}}]\nvalid: [{{path: {short}}}]\n")
+    found = opened("--seq-length", "900", "--data-config", str(blend), "--split", "100,0,0")
+    assert found.datasets["valid"] is None and found.warnings == [
+        f"{short} has 708 tokens for validation, but one sample takes 999; there will be no validation loss"
+    ]
+
+
+def test_a_corpus_whose_own_split_has_no_share_for_training(corpora: dict[str, str], tmp_path: Path) -> None:
+    blend = tmp_path / "blend.yaml"
+    blend.write_text(f"corpora: [{{path: {corpora['large']}}}, {{path: {corpora['small']}, split: '0,100'}}]\n")
+    found = opened("--data-config", str(blend), "--split", "100")
+    assert found.names == [corpora["large"]] and not found.warnings
+    assert [part.name for part in found.datasets["valid"].parts] == [corpora["small"]]  # type: ignore[union-attr]
+
+
+def test_documents_of_one_token_are_not_validated_on(corpora: dict[str, str], tmp_path: Path) -> None:
+    text = tmp_path / "single.txt"
+    text.write_text("a\nb\n")
+    tokenizer = TokenizerConfig(tokenizer_type="ByteTokenizer")
+    preprocess(PreprocessConfig(input=[str(text)], output_prefix=str(tmp_path / "single"), tokenizer=tokenizer))
+    flags = ["--packing", "segments", "--train-data-path", corpora["large"], "--valid-data-path"]
+    found = opened(*flags, str(tmp_path / "single"))
+    assert found.datasets["valid"] is None and "there will be no validation loss" in found.warnings[0]
+
+
+def test_a_corpus_in_shards_is_the_same_corpus(corpora: dict[str, str], tmp_path: Path) -> None:
+    shards = str(tmp_path / "large")
+    config = TokenizerConfig(tokenizer_type="ByteTokenizer")
+    preprocess(
+        PreprocessConfig(input=[corpora["large"] + ".txt"], output_prefix=shards, tokenizer=config, shard_tokens=10_000)
+    )
+    whole, sharded = (opened("--data-path", large, corpora["small"]) for large in (corpora["large"], shards))
+    assert len(sharded.datasets["train"].parts[0].corpus.shards) > 2  # type: ignore[union-attr]
+    assert whole.fingerprint == sharded.fingerprint
+
+
+def test_a_first_corpus_that_does_not_tell_its_tokenizer(corpora: dict[str, str], tmp_path: Path) -> None:
+    """The others are still held against the tokenizer of the flags."""
+    untold = write_corpus(tmp_path / "untold", 5)
+    Path(f"{untold}_text_document.json").unlink()
+    words = {"tokenizer_type": "BertWordPieceCase", "vocab_file": _vocabulary(tmp_path)}
+    other = str(write_corpus(tmp_path / "other", 5, **words))
+    flags = ["--split", "1", "--tokenizer-type", "ByteTokenizer", "--data-path", str(untold)]
+    assert len(opened(*flags, corpora["large"]).names) == 2
+    with pytest.raises(UserError, match="is not the one that made"):
+        opened(*flags, other)
+
+
 def test_unimax_says_when_its_limit_cannot_hold(corpora: dict[str, str]) -> None:
     flags = ["--data-path", *corpora.values(), "--split", "1", "--mixture-max-epochs", "2", "--mixture-budget-tokens"]
     assert not opened(*flags, "50000").warnings
