@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.corpus_reader import find_sources, parse_records, read_chunks
 
 KEYS = ["text", "title"]
-FUZZ_S = float(os.environ.get("MEGATRON_T5_FUZZ_S", "60"))  # of the slow test
+FUZZ_S = float(os.environ.get("FUZZ_SECONDS", "60"))  # of the slow test
 DEADLINE = timedelta(seconds=20)  # of one file
 
 PIECES = st.sampled_from(
@@ -146,7 +146,7 @@ def test_any_bytes(folder: Path, **arguments: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(FUZZ_S + 300)
 def test_any_bytes_for_long(folder: Path) -> None:
-    """Runs for MEGATRON_T5_FUZZ_S seconds."""
+    """Runs for FUZZ_SECONDS seconds."""
     import time
 
     end = time.monotonic() + FUZZ_S
