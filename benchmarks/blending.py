@@ -18,7 +18,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from span_corruption import cpu_model
+from report import publish
 
 from megatron.core.config import DataConfig
 from megatron.core.datasets.blending import Blend, blend_rates, corpora_of
@@ -227,14 +226,7 @@ def main() -> None:
         rows += share_rows(name, rates, options.samples)
         rows += megatron_rows(name, rates, [options.samples])
     rows += draws_rows(options.samples)
-    setting = {
-        "benchmark": "blending", "machine": {"cpu": cpu_model(), "cores_used": 1},
-        "python": platform.python_version(), "numpy": np.__version__,
-    }  # fmt: skip
-    lines = [json.dumps(row | setting) for row in rows]
-    print("\n".join(lines))
-    if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
+    publish(rows, options.output, "blending", cores_used=1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -97,23 +97,12 @@ def main() -> None:
         rows = [convert(HF, MEGATRON, source, checkpoint)]
         give_back_zeros(checkpoint)
         rows.append(convert(MEGATRON, HF, checkpoint, target))
-    setting = {
-        "benchmark": "convert",
-        "model": options.model,
-        "parameters": parameters,
-        "dtype": "bfloat16",
-        "gib": round(parameters * DTYPE.itemsize / 2**30, 2),
-        "cpus": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),  # above 1, others used the machine
-        "machine": platform.machine(),
-        "torch": torch.__version__.split("+")[0],
-        "command": f"python benchmarks/convert.py --model {options.model}",
-    }
-    lines = [json.dumps(row | setting) for row in rows]
-    print("\n".join(lines))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("\n".join(lines) + "\n")
+    publish(
+        rows, options.output, "convert", model=options.model, parameters=parameters, dtype="bfloat16",
+        gib=round(parameters * DTYPE.itemsize / 2**30, 2), torch=torch.__version__.split("+")[0],
+        load_average=round(os.getloadavg()[0], 1),  # above 1, others used the machine
+        command=f"python benchmarks/convert.py --model {options.model}",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -136,7 +135,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--corpus-mb", type=float, default=10.0)
     options = parser.parse_args()
-    from span_corruption import cpu_model
+    from report import publish
 
     load = os.getloadavg()[0]
     rows = []
@@ -150,17 +149,11 @@ def main() -> None:
             rows += [row_of(contender, objective, of_contender) for contender, of_contender in runs.items()]
     import torch
 
-    setting = {
-        "benchmark": "data_wait", "preset": options.preset, "processes": PROCESSES,
-        "micro_batch_size": options.micro_batch_size, "corpora_of_blend": CORPORA,
-        "corpus_mb": options.corpus_mb, "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
-        "load_average": round(load, 2), "python": platform.python_version(), "torch": torch.__version__.split("+")[0],
-    }  # fmt: skip
-    lines = [json.dumps(row | setting) for row in rows]
-    print("\n".join(lines))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("\n".join(lines) + "\n")
+    publish(
+        rows, options.output, "data_wait", preset=options.preset, processes=PROCESSES,
+        micro_batch_size=options.micro_batch_size, corpora_of_blend=CORPORA, corpus_mb=options.corpus_mb,
+        load_average=round(load, 2), torch=torch.__version__.split("+")[0],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

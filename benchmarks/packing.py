@@ -14,8 +14,6 @@ one JSON object a row.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from span_corruption import cpu_model
+from report import publish
 
 from megatron.core.config import DataConfig
 from megatron.core.datasets import packing_helpers
@@ -171,14 +169,7 @@ def main() -> None:
     rows += planner_rows("documents", draw_lengths(120, args.examples, axes=1), CAPACITIES[:1])
     rows.append(resume_row(4096))
     rows += document_rows(args.examples)
-    setting = {
-        "benchmark": "packing", "capacities": CAPACITIES, "machine": {"cpu": cpu_model(), "cores_used": 1},
-        "python": platform.python_version(), "numpy": np.__version__,
-    }  # fmt: skip
-    lines = [json.dumps(row | setting) for row in rows]
-    print("\n".join(lines))
-    if args.output:
-        args.output.write_text("\n".join(lines) + "\n")
+    publish(rows, args.output, "packing", capacities=CAPACITIES, cores_used=1)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -37,7 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from span_corruption import cpu_model
+from report import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOTS = (Path("/usr/share/doc"), Path("/usr/lib"), Path(sys.prefix) / "lib")
@@ -320,9 +319,7 @@ def main() -> None:
         texts = [json.loads(row)["text"] for row in file]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     chosen = {n: f for n, f in files.items() if not flags.tokenizers or any(w in n for w in flags.tokenizers)}
-    results: list[dict[str, Any]] = [
-        {"name": "machine", "cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()}
-    ]
+    results: list[dict[str, Any]] = []
     if flags.megatron is None:
         results.append({"name": "Megatron-LM", "skipped": "no --megatron given"})
     with tempfile.TemporaryDirectory(dir=flags.cache) as name:
@@ -345,10 +342,7 @@ def main() -> None:
                 for contender in contenders:
                     contender.round()
             results += rows(contenders, megabytes)
-    lines = [json.dumps(row) for row in results]
-    print("\n".join(lines))
-    if flags.output is not None:
-        flags.output.write_text("\n".join(lines) + "\n")
+    publish(results, flags.output, "preprocess", rounds=flags.rounds)
 
 
 if __name__ == "__main__":

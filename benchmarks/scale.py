@@ -14,9 +14,7 @@ Prints one JSON object a row.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
 import resource
 import struct
 import sys
@@ -28,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from span_corruption import cpu_model
+from report import publish
 from verify import drop_caches, write_dataset
 
 from megatron.core.config import DataConfig
@@ -182,13 +180,7 @@ def main() -> None:
                 print("no rows of blocks: the page cache can only be dropped by root", file=sys.stderr)
                 break
             rows.append(in_process(blocks, dense, block_windows, ahead, 64 * BATCH))
-    lines = [
-        json.dumps(row | {"benchmark": "scale", "machine": {"cpu": cpu_model(), "system": platform.platform()}})
-        for row in rows
-    ]
-    print("\n".join(lines))
-    if flags.output:
-        flags.output.write_text("\n".join(lines) + "\n")
+    publish(rows, flags.output, "scale")
 
 
 if __name__ == "__main__":

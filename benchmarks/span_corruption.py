@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from report import publish
 
 from megatron.core.config import DataConfig
 from megatron.core.datasets.corpus import Corpus, CorpusRange, open_corpus, split_corpus
@@ -275,15 +275,6 @@ def bring_up(
         return {"name": name, "stopped_at": str(error)}
 
 
-def cpu_model() -> str:
-    """What the processor calls itself."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def measure(folder: Path, num_tokens: int, rounds: int, seqio_python: str | None) -> list[dict[str, Any]]:
     """All rows, ours first."""
     prefix = folder / "corpus"
@@ -319,21 +310,9 @@ def main() -> None:
     parser.add_argument("--seqio-python", help="Python interpreter of an environment with seqio, t5 and TensorFlow")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    setting = {
-        "benchmark": "span_corruption",
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "cores_used": 1},
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "corpus_tokens": options.tokens,
-        "rounds": options.rounds,
-    }
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), options.tokens, options.rounds, options.seqio_python)
-    lines = [json.dumps(row | setting) for row in rows]
-    print("\n".join(lines))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("\n".join(lines) + "\n")
+    publish(rows, options.output, "span_corruption", cores_used=1, corpus_tokens=options.tokens, rounds=options.rounds)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ JSON object a row.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from span_corruption import cpu_model
+from report import publish
 
 from megatron.core.datasets.corpus import publish_sharded
 from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, shard_prefix
@@ -110,14 +108,7 @@ def main() -> None:
             ]  # fmt: skip
     if caches == ["warm"]:
         print("no rows from the disk: only root drops the page cache", file=sys.stderr)
-    setting = {
-        "benchmark": "verify", "machine": {"cpu": cpu_model(), "cores": os.cpu_count()}, "rounds": args.rounds,
-        "python": platform.python_version(), "numpy": np.__version__,
-    }  # fmt: skip
-    lines = [json.dumps(row | setting) for row in rows]
-    print("\n".join(lines))
-    if args.output:
-        args.output.write_text("\n".join(lines) + "\n")
+    publish(rows, args.output, "verify", rounds=args.rounds)
 
 
 if __name__ == "__main__":

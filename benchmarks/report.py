@@ -1,0 +1,37 @@
+"""What benchmarks have in common: what the machine is called, and how rows are printed and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def cpu_model() -> str:
+    """What the processor calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def publish(rows: Iterable[dict[str, Any]], output: Path | None, benchmark: str, **setting: Any) -> None:
+    """Print one JSON object a row, each with the machine and the `setting`, and write them to `output` if given."""
+    common = {
+        "benchmark": benchmark,
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        **setting,
+    }
+    lines = [json.dumps(row | common) for row in rows]
+    print("\n".join(lines))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("\n".join(lines) + "\n")
