@@ -398,7 +398,8 @@ def _checkpoint_values(given: dict[str, Any], by_name: dict[str, Option]) -> dic
     names = {option.name for option in by_name.values() if option.group == "checkpoint"}
     path, values = checkpoint_arguments(CheckpointConfig(**{n: v for n, v in given.items() if n in names}))
     if given.get("objective", values.get("objective")) != values.get("objective"):
-        values = {n: v for n, v in values.items() if n not in ("denoisers", "packing")}  # of the checkpoint's objective
+        of_its_objective = ("decoder_seq_length", "denoisers", "packing", "shuffle_block_windows")
+        values = {n: v for n, v in values.items() if n not in of_its_objective}
     return {n: _convert(by_name[n], v, f"{path}: {flag_name(n)}") for n, v in values.items() if n in by_name}
 
 

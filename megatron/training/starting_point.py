@@ -47,8 +47,8 @@ _SAMPLE_FIELDS = {
 }  # fmt: skip
 # Of these, what a new run from the weights takes over with --use-checkpoint-args.
 OBJECTIVE_FIELDS = (
-    "objective", "encoder_seq_length", "noise_density", "mean_noise_span_length", "denoisers", "packing",
-    "packing_window",
+    "objective", "encoder_seq_length", "decoder_seq_length", "noise_density", "mean_noise_span_length", "denoisers",
+    "packing", "packing_window", "shuffle_block_windows",
 )  # fmt: skip
 # Flags that name corpora: each of them is given instead of others.
 _CORPORA = ("data_path", "data_config", "train_data_path")

@@ -120,14 +120,19 @@ def test_other_samples_are_refused(flags: list[str], tmp_path: Path) -> None:
 
 
 def test_the_objective_of_a_checkpoint_is_taken_over(flags: list[str], byte_dataset: Path, tmp_path: Path) -> None:
-    assert train(1, [[*flags, *UL2, "--save", str(tmp_path), "--train-iters", "1", "--eval-iters", "0"]]) == [None]
+    lengths = ["--decoder-seq-length", "80", "--shuffle-block-windows", "4"]
+    run = [*flags, *UL2, *lengths, "--save", str(tmp_path), "--train-iters", "1", "--eval-iters", "0"]
+    assert train(1, [run]) == [None]
     common = ["--use-checkpoint-args", "--load", str(tmp_path), "--data-path", str(byte_dataset)]
     for scope in ([], ["--finetune"]):
         data = parse_args([*common, *scope]).config.data
         assert (data.objective, data.denoisers, data.packing) == ("ul2", UL2[3:], "none")
+        assert (data.decoder_seq_length, data.shuffle_block_windows) == (80, 4)
         other = parse_args([*common, *scope, "--objective", "prefix-lm"]).config.data
         assert (other.objective, other.denoisers, other.packing) == ("prefix-lm", [], "pairs")
-    assert "packing_window" in sample_fields(parse_args([*common, "--packing", "segments"]).config.data)
+        assert (other.decoder_seq_length, other.shuffle_block_windows) == (None, 1)
+    segments = ["--packing", "segments", "--shuffle-block-windows", "1"]
+    assert "packing_window" in sample_fields(parse_args([*common, *segments]).config.data)
 
 
 def test_a_dry_run_needs_no_data(byte_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

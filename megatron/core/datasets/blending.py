@@ -8,6 +8,7 @@ and no sample on how many are trained on.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from megatron.core.config import DataConfig, flag_name
 from megatron.core.datasets.blending_helpers import BlendOrder
+from megatron.core.datasets.corpus_sources import HUB_PREFIX
 from megatron.core.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -138,10 +140,19 @@ def _check_blend(source: str, specs: Sequence[CorpusSpec], config: DataConfig) -
         raise UserError("--mixture-temperature and --mixture-max-epochs are both given; choose one")
     seen: dict[Path, str] = {}
     for spec in specs:
-        place = Path(spec.path).resolve()
+        place = _place(source, spec.path)
         if place in seen:
             raise UserError(f"{source} has {spec.path} twice; name it once, with a larger weight if that is meant")
         seen[place] = spec.path
+
+
+def _place(source: str, path: str) -> Path:
+    """Where a path leads, for comparison."""
+    try:
+        os.fsencode(path)
+        return Path(path).resolve()
+    except ValueError as error:  # a NUL, or half of a character: what no file can be called
+        raise UserError(f"{source}: path {path!r} cannot be one ({error}); mend it") from None
 
 
 def _number(text: str) -> float | None:
@@ -185,6 +196,8 @@ def _corpora_of_file(config: DataConfig, file: Path) -> BlendSpec:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--data-config {file} cannot be read: {error.strerror}") from error
+    except RecursionError:
+        raise UserError(f"--data-config {file} is not YAML that can be read: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--data-config {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
@@ -209,7 +222,7 @@ def _hint(key: object, known: Sequence[str]) -> str:
 
 
 def _corpus_of_entry(where: str, entry: Any, file: Path, config: DataConfig, divided: bool) -> CorpusSpec:
-    """The corpus of one entry of the YAML file; its path counts from the file's folder."""
+    """The corpus of one entry of the YAML file; its path, unless it is one of the hub, counts from the file's folder."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected keys and values such as 'path: books', found {entry!r}")
     for key in entry:
@@ -222,11 +235,13 @@ def _corpus_of_entry(where: str, entry: Any, file: Path, config: DataConfig, div
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise UserError(f"{where}: weight is {weight!r}; it must be a number")
         weight = _checked_weight(f"{where}: weight {weight}", weight)
+    if not path.startswith(HUB_PREFIX):
+        path = str(file.parent / path)
     if "split" not in entry:
-        return CorpusSpec(str(file.parent / path), weight)
+        return CorpusSpec(path, weight)
     if not divided:
         raise UserError(f"{where} has a split, but all of it is for one; drop the split, or list it under 'corpora'")
-    spec = CorpusSpec(str(file.parent / path), weight, str(split))
+    spec = CorpusSpec(path, weight, str(split))
     try:
         spec.split_weights(config)
     except UserError as error:

@@ -30,6 +30,7 @@ from megatron.core.errors import UserError
 from megatron.core.tokenizers import Tokenizer
 
 _RATE_UNIT = 1 << 32
+_LEAST_RATE, _MOST_RATE = 1e-100, 1e100  # any unit will do, and the arithmetic with them stays finite
 _FORM = "MODE:MEAN_SPAN:DENSITY[:RATE] or MODE:prefix:DENSITY[:RATE], DENSITY of a prefix possibly 'uniform'"
 
 UL2_DENOISERS = (
@@ -191,13 +192,13 @@ def _parse_denoiser(text: str, tokenize: Callable[[str], Sequence[int]]) -> tupl
     except ValueError:
         raise UserError(f"--denoisers {text!r}: not of the form {_FORM}") from None
     if (
-        not 0 < rate < math.inf
+        not _LEAST_RATE <= rate <= _MOST_RATE
         or (mean is not None and not 1 <= mean < math.inf)
         or not (share is None or 0 < share < 1)
     ):
         raise UserError(
-            f"--denoisers {text!r}: a span has at least 1 token, a density lies between 0 and 1, a rate is above 0; "
-            f"the form is {_FORM}"
+            f"--denoisers {text!r}: a span has at least 1 token, a density lies between 0 and 1, a rate is above 0 "
+            f"(from {_LEAST_RATE:g} to {_MOST_RATE:g}); the form is {_FORM}"
         )
     name = f"prefix-{density}" if mean is None else f"span-{mean:g}-{share:g}"
     return Denoiser(name, mean, share, mode_ids=tuple(tokenize(mode)) if mode else ()), rate

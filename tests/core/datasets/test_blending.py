@@ -306,6 +306,8 @@ def test_corpora_of_yaml(tmp_path: Path) -> None:
       - {path: web, weight: 0.75}
       - {path: /data/books, weight: 2, split: "90,10"}
       - {path: code, weight: 1, split: 1}
+      - {path: "hf://owner/name:part@train", weight: 1}
+      - {path: "*.jsonl", weight: 1, split: "9,1"}
     train:
       - path: news
         weight: 1.0e-1
@@ -317,13 +319,17 @@ def test_corpora_of_yaml(tmp_path: Path) -> None:
         CorpusSpec(str(tmp_path / "web"), 0.75),
         CorpusSpec("/data/books", 2, "90,10"),
         CorpusSpec(str(tmp_path / "code"), 1, "1"),
+        CorpusSpec("hf://owner/name:part@train", 1),
+        CorpusSpec(str(tmp_path / "*.jsonl"), 1, "9,1"),
     ]
     assert spec.by_split == {
         "train": [CorpusSpec(str(tmp_path / "news"), 0.1)],
         "valid": [CorpusSpec(str(tmp_path / "held_out"), 1)],
     }
     config = DataConfig(split="8,1,1")
-    assert [corpus.split_weights(config) for corpus in spec.shared] == [(0.8, 0.1, 0.1), (0.9, 0.1, 0.0), (1, 0, 0)]
+    assert [corpus.split_weights(config) for corpus in spec.shared] == [
+        (0.8, 0.1, 0.1), (0.9, 0.1, 0.0), (1, 0, 0), (0.8, 0.1, 0.1), (0.9, 0.1, 0.0),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -331,6 +337,9 @@ def test_corpora_of_yaml(tmp_path: Path) -> None:
     [
         ("corpora: [", "blend.yaml is not YAML"),
         ("corpora:\n  - path: 2020-13-45\n", "blend.yaml is not YAML"),
+        ("[" * 3000, "blend.yaml is not YAML that can be read: it is nested too deeply"),
+        ('corpora: [{path: "a\\0b"}]', "blend.yaml: path '.*a.x00b' cannot be one \\(.*null"),
+        ('corpora: [{path: "a\\ud800b"}]', "blend.yaml: path '.*a.ud800b' cannot be one"),
         ("[a, b]", "must have lists 'corpora'"),
         ("", "must have lists 'corpora'"),
         ("corpus: [{path: a}]", "unknown key 'corpus'; did you mean corpora"),

@@ -122,6 +122,8 @@ def test_own_mixture() -> None:
         (["R:3:0.15:0"], "a rate is above 0"),
         (["R:3:0.15:-1"], "a rate is above 0"),
         (["R:3:0.15:inf"], "a rate is above 0"),
+        ([":3:0.15:1e-310"], "a rate is above 0"),
+        ([":3:0.15:1e300"], "a rate is above 0"),
         (["R:3:0.15", "R:3.0:0.15:2"], "R-span-3-0.15 2 times"),
         (["S:prefix:uniform", "S:prefix:uniform"], "S-prefix-uniform 2 times"),
     ],
