@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron.core.datasets.loader import T5Loader
+from megatron.core.datasets.t5_dataset import DenoisingDataset
 from megatron.core.dist_checkpointing import latest_checkpoint, load_checkpoint, read_manifest
 from megatron.core.errors import UserError
 from megatron.core.inference.generation import generate
@@ -36,7 +37,9 @@ def load_model(path: Path, config: RunConfig) -> DistributedModel:
 
 def unigram_cross_entropy(data: TrainingData, loader: T5Loader, num_samples: int) -> float:
     """Cross-entropy, in nats, of the validation noise tokens under the training split's token frequencies."""
-    counts = np.bincount(data.train.tokens, minlength=data.special.vocab_size) + 1.0  # add-one smoothing
+    assert isinstance(data.train, DenoisingDataset)
+    ((corpus, _, _, tokens),) = data.train.parts
+    counts = np.bincount(corpus.tokens_between(*tokens), minlength=data.special.vocab_size) + 1.0  # add-one smoothing
     log_probabilities = torch.from_numpy(np.log(counts / counts.sum()))
     is_special = special_token_mask(data.special, data.special.vocab_size, CONTEXT.device)
     labels = torch.cat([batch.labels[batch.labels >= 0] for batch in loader.evaluation_batches(num_samples)]).long()
