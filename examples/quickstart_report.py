@@ -39,7 +39,8 @@ def unigram_cross_entropy(data: TrainingData, loader: T5Loader, num_samples: int
     """Cross-entropy, in nats, of the validation noise tokens under the training split's token frequencies."""
     assert isinstance(data.train, DenoisingDataset)
     ((corpus, _, _, tokens),) = data.train.parts
-    counts = np.bincount(corpus.tokens_between(*tokens), minlength=data.special.vocab_size) + 1.0  # add-one smoothing
+    ids = np.concatenate(corpus.pieces)[slice(*tokens)]
+    counts = np.bincount(ids, minlength=data.special.vocab_size) + 1.0  # add-one smoothing
     log_probabilities = torch.from_numpy(np.log(counts / counts.sum()))
     is_special = special_token_mask(data.special, data.special.vocab_size, CONTEXT.device)
     labels = torch.cat([batch.labels[batch.labels >= 0] for batch in loader.evaluation_batches(num_samples)]).long()
