@@ -21,6 +21,7 @@ from megatron.core.datasets.indexed_format import bin_path, idx_path, manifest_p
 from megatron.core.datasets.indexed_writer import IndexedDatasetWriter
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
 from megatron.core.datasets.verification import verify_dataset
+from megatron.core.errors import UserError
 from tests.programs import load_program
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "merge_datasets.py"
@@ -68,8 +69,10 @@ def parts(texts: list[Path], tmp_path: Path) -> list[Path]:
 
 def content(prefix: Path) -> list[bytes]:
     tokenizer = prefix.with_name(prefix.name + "_tokenizer")
-    files = [bin_path(prefix), idx_path(prefix), manifest_path(prefix), *sorted(tokenizer.iterdir())]
-    return [path.read_bytes() for path in files]
+    manifest = json.loads(manifest_path(prefix).read_bytes())
+    own = {name: value for name, value in manifest.items() if name not in ("run", "manifest_crc32")}
+    files = [bin_path(prefix), idx_path(prefix), *sorted(tokenizer.iterdir())]
+    return [*(path.read_bytes() for path in files), json.dumps(own).encode()]
 
 
 def test_merged_is_preprocessed_at_once(merge: Merge, parts: list[Path], texts: list[Path], tmp_path: Path) -> None:
@@ -147,6 +150,14 @@ def test_refusals(merge: Merge, parts: list[Path], texts: list[Path], tmp_path: 
         assert files == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
         return message
 
+    for taken in ("out.json", "out-00002.json"):
+        (tmp_path / taken).write_text('{"text": "precious"}\n')
+        flags = ["--as-shards"] if "-" in taken else []
+        expected = f"{taken} is not the manifest of a dataset, and would be replaced by one"
+        everything = ["--input", *parts, "--output-prefix", tmp_path / "out", "--overwrite", *flags]
+        assert expected in refusal(*everything)
+        assert (tmp_path / taken).read_text() == '{"text": "precious"}\n'
+        (tmp_path / taken).unlink()
     other = make(tmp_path / "other", texts[0], extra_ids=20)
     out = ("--output-prefix", tmp_path / "out")
     assert f"{parts[0]} and {other} have different tokenizers" in refusal("--input", *parts, other, *out)
@@ -164,6 +175,7 @@ def test_refusals(merge: Merge, parts: list[Path], texts: list[Path], tmp_path: 
     merge("--input", *parts, "--output-prefix", tmp_path / "s", "--as-shards")
     assert replaced in refusal("--input", tmp_path / "s-00001", "--output-prefix", tmp_path / "s", "--overwrite")
     assert replaced in refusal("--input", tmp_path / "s", "--output-prefix", tmp_path / "s", "--overwrite")
+    assert "s-00001 2 times" in refusal("--input", tmp_path / "s", tmp_path / "s-00001", *out)
     config = parts[0].with_name(parts[0].name + "_tokenizer") / "tokenizer_config.json"
     whole = config.read_text()
     config.write_text(whole.replace('"vocab_extra_ids": 100', '"vocab_extra_ids": 99'))
@@ -201,3 +213,61 @@ def test_a_full_disk_leaves_nothing(
         patch.setattr(merging, "publish_sharded", refuse)
         assert "No space left" in merge(*flags, tmp_path / "new", status=1)
     assert [path.name for path in tmp_path.glob("new*")] == ["new_tokenizer"]
+
+
+def test_what_a_killed_merge_leaves_is_no_way_to_the_originals(
+    merge: Merge, parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hard links under temporary names: later writers must not write into them."""
+    before = content(parts[0])
+    bin_path(tmp_path / "all-00000").with_suffix(".bin.partial").hardlink_to(bin_path(parts[0]))
+    idx_path(tmp_path / "all-00000").with_suffix(".idx.partial").hardlink_to(idx_path(parts[0]))
+    merge("--input", parts[1], "--output-prefix", tmp_path / "all-00000")
+    merge("--input", *parts, "--output-prefix", tmp_path / "all", "--as-shards", "--overwrite")
+    assert content(parts[0]) == before
+    assert verify_dataset(tmp_path / "all").num_documents == 5
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--as-shards"]])
+def test_one_program_at_a_time_writes_a_prefix(
+    merge: Merge,
+    parts: list[Path],
+    texts: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+) -> None:
+    refused = []
+
+    def meanwhile(*args: Any) -> None:
+        with pytest.raises(UserError, match="is being written by another process") as caught:
+            make(tmp_path / "x", texts[1], overwrite=True)
+        refused.append(caught)
+        publish(*args)
+
+    publish = merging._publish_tokenizer
+    monkeypatch.setattr(merging, "_publish_tokenizer", meanwhile)
+    merge("--input", *parts, "--output-prefix", tmp_path / "x_text_document", *flags)
+    assert refused and verify_dataset(tmp_path / "x_text_document").num_documents == 5
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_unfinished_run_is_not_gone_on_with_after_a_merge(
+    merge: Merge, parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle, a merge has other data under the temporary names than the journal tells of."""
+    journal = tmp_path / "x_text_document.journal.partial"
+    journal.write_bytes(b"of a run that was stopped")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: Any) -> None:
+        assert b"of a run" not in journal.read_bytes()
+        raise Killed
+
+    monkeypatch.setattr(IndexedDatasetWriter, "add_dataset", killed)
+    with pytest.raises(Killed):
+        merge("--input", *parts, "--output-prefix", tmp_path / "x_text_document")
+    assert not list(tmp_path.glob("x*"))

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -349,6 +350,57 @@ def test_inputs_are_neither_read_twice_nor_replaced(tmp_path: Path, monkeypatch:
     assert Path("x_text_document.json").read_bytes() == jsonl("precious")
 
 
+@pytest.mark.parametrize(("taken", "options"), [("", {}), ("-00003", {"shard_tokens": 5})])
+def test_a_json_that_is_no_manifest_stays(tmp_path: Path, taken: str, options: dict[str, Any]) -> None:
+    """It may be the text of another corpus."""
+    path = tmp_path / f"x_text_document{taken}.json"
+    path.write_bytes(jsonl("precious"))
+    (tmp_path / "in.txt").write_text("one\n")
+    with pytest.raises(UserError, match=f"{taken}.json is not the manifest of a dataset, and would be replaced"):
+        run(tmp_path / "in.txt", tmp_path / "x", overwrite=True, **options)
+    assert names(tmp_path) == {path.name, "in.txt"} and path.read_bytes() == jsonl("precious")
+
+
+def test_what_is_ours_beside_text_is_no_text(tmp_path: Path) -> None:
+    """Finished or not, in directories and patterns; directories of others count, whatever their names."""
+    text = tmp_path / "in"
+    (text / "my_tokenizer").mkdir(parents=True)
+    (text / "own.cache").mkdir()
+    texts = [text / "a.txt", text / "my_tokenizer" / "b.txt", text / "notes.json", text / "own.cache" / "c.txt"]
+    for path in texts:
+        path.write_bytes(jsonl("text"))
+    (text / "notes.idx").touch()  # of data without a manifest: notes.json is none
+    tokenizer = TokenizerConfig(tokenizer_type="BertWordPieceCase", vocab_file=str(tmp_path / "vocab.txt"))
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
+    config = PreprocessConfig(input=[str(text)], output_prefix=str(text / "out"), tokenizer=tokenizer, shard_tokens=3)
+    preprocess(config, io.StringIO())
+    whole = text / "out_text_document_tokenizer"
+    assert (whole / "vocab.txt").exists()
+    shutil.copytree(whole, text / "x_tokenizer.partial")
+    shutil.copytree(whole, text / "x_tokenizer.partial.partial")
+    (text / "x_tokenizer.partial.partial" / "tokenizer_config.json").unlink()
+    for cache in ("a.txt.0123456789abcdef.cache", "a.txt.0123456789abcdef.cache.partial-host"):
+        shutil.copytree(text / "my_tokenizer", text / cache / "deep")
+        shutil.copytree(whole, text / cache / "corpus_text_document_tokenizer")
+    shutil.move(text / "out_text_document-00000.json", text / "moved.json")  # away from its data
+    for pattern, suffixes in (("in", (".txt", ".json")), ("in/**/*.txt", ".txt"), ("i*/**/*.json", ".json")):
+        found = [source.path for source in find_sources([f"{tmp_path}/{pattern}"])]
+        assert found == [path for path in texts if path.suffix in suffixes], pattern
+    assert len(find_sources([f"{whole}/*.txt"])) == 1  # named itself
+
+
+def test_links_to_directories_are_followed(tmp_path: Path) -> None:
+    for name in ("in/sub", "real"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("a\n")
+    (tmp_path / "real" / "b.txt").write_text("b\n")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "in" / "same").symlink_to(tmp_path / "real")
+    (tmp_path / "in" / "sub" / "loop").symlink_to(tmp_path / "in")
+    run(tmp_path / "in", tmp_path / "x")
+    assert texts_of(tmp_path / "x") == ["a", "b"]
+
+
 def test_only_a_tokenizer_directory_of_ours_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("one\n")
     run(tmp_path / "in.txt", tmp_path / "y")
@@ -500,8 +552,13 @@ def test_a_signal_while_publishing_waits_for_its_end(
 
     monkeypatch.setattr(preprocessing_output, "publish_prepared", signalled)
     (tmp_path / "in.txt").write_text("new\n")
+    config = PreprocessConfig(
+        input=[str(tmp_path / "in.txt")], output_prefix=str(tmp_path / "x"), tokenizer=BYTES, overwrite=overwrite
+    )
+    log = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "in.txt", tmp_path / "x", overwrite=overwrite)
+        preprocess(config, log)
+    assert "wrote " in log.getvalue() and "unfinished" not in log.getvalue()
     assert texts_of(tmp_path / "x") == ["new"]
     assert not [name for name in names(tmp_path) if "partial" in name]
 

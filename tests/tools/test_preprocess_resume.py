@@ -26,7 +26,7 @@ from megatron.core.config import TokenizerConfig
 from megatron.core.datasets import preprocessing, preprocessing_output
 from megatron.core.datasets.corpus import open_corpus
 from megatron.core.datasets.corpus_reader import read_chunks
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter, encode_manifest
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
 from megatron.core.errors import UserError
 
@@ -256,3 +256,46 @@ def test_killed_at_random(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_random_fifty_times(tmp_path: Path) -> None:
     check_kills(tmp_path, 50)
+
+
+def test_only_the_output_of_the_same_run_is_complete(tmp_path: Path) -> None:
+    """Other flags and files are not taken for it, whatever their names and sizes."""
+    path, prefix = tmp_path / "in" / "a.txt", tmp_path / "x"
+    (tmp_path / "other").mkdir()
+    for folder in ("in", "other"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "a.txt").write_text("one\ntwo\n\nthree\n")
+    build(path, prefix, shard_tokens=5)
+    before = digests(tmp_path)
+    assert "the output is complete" in build(path, prefix, shard_tokens=5, resume=True, workers=2)
+
+    def refused(given: Path, **options: Any) -> None:
+        with pytest.raises(UserError, match=r"json exists, and its manifest names another run .*--overwrite"):
+            build(given, prefix, resume=True, **{"shard_tokens": 5} | options)
+        assert digests(tmp_path) == before
+
+    refused(path, shard_tokens=6)
+    refused(path, text_sample_by="paragraph")
+    refused(path, append_eod=True)
+    refused(tmp_path / "other" / "a.txt")
+    manifest = tmp_path / "x_text_document.json"
+    content = json.loads(manifest.read_bytes())
+    del content["manifest_crc32"], content["run"]
+    manifest.write_bytes(encode_manifest(content))  # as older releases wrote it
+    before = digests(tmp_path)
+    refused(path)
+    path.write_text("six\ntwo\n\nthree\n")  # of the same length
+    before = digests(tmp_path)
+    refused(path)
+    build(path, prefix, shard_tokens=5, resume=True, overwrite=True)
+    assert "the output is complete" in build(path, prefix, shard_tokens=5, resume=True)
+
+
+def test_another_key_of_a_run_that_was_written_meanwhile(tmp_path: Path, small_chunks: None) -> None:
+    path = write_input(tmp_path / "in.jsonl")
+    with killed_at(100), pytest.raises(Killed):
+        build(path, tmp_path / "x", json_keys=["text", "title"])
+    with killed_at(60), pytest.raises(Killed):
+        build(path, tmp_path / "x", json_keys=["title"])
+    with pytest.raises(UserError, match=r"another run has begun to write .*x_title_document.journal.partial"):
+        build(path, tmp_path / "x", json_keys=["text", "title"], resume=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron.core.datasets.indexed_format import idx_path, is_sharded
+from megatron.core.datasets.indexed_format import manifest_format
 from megatron.core.errors import UserError
+from megatron.core.tokenizers.base import saved_config
 
 InputFormat = Literal["auto", "jsonl", "text", "parquet", "arrow"]
 SampleBy = Literal["line", "paragraph", "document"]
@@ -22,6 +24,9 @@ _FORMATS: dict[str, InputFormat] = {
     ".arrow": "arrow",
 }  # fmt: skip
 _COMPRESSIONS = (".gz", ".zst")
+
+# Names of directories of our own: prepared text (corpus_cache.py), finished or not, and tokenizers that are not whole.
+_OWN_DIRECTORY = re.compile(r".*\.[0-9a-f]{16}\.cache(\.partial-.*)?|.*_tokenizer(\.partial)+")
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def find_sources(
     """The files that paths, directories and glob patterns name; what a pattern or a directory holds is sorted.
 
     Of a directory, all files with a known suffix are taken, at any depth; a directory that `datasets` saved gives the
-    Arrow files of its dataset, and `hf://NAME` those that `datasets` downloads.
+    Arrow files of its dataset, and `hf://NAME` those that `datasets` downloads. What this project writes beside text
+    (manifests, tokenizers, prepared text) is taken only where it is named itself.
 
     Raises:
         UserError: nothing matches, or a file's format is not told by its name.
@@ -90,7 +96,7 @@ def find_sources(
 
             sources += [Source(path, "arrow", path.stat().st_size) for path in hub_files(pattern)]
             continue
-        paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute patterns too
+        paths = [pattern] if Path(pattern).exists() else _matches(pattern)
         if not paths:
             raise UserError(f"--input {pattern}: no such file")
         for path in map(Path, paths):
@@ -124,27 +130,61 @@ def _format_of(path: Path) -> InputFormat | None:
     return _FORMATS.get(path.suffix)
 
 
+def _matches(pattern: str) -> list[str]:
+    """What a pattern matches, sorted, without what is our own below its first star."""
+    given = Path(pattern).parts
+    fixed = next(n for n, part in enumerate((*given, "*")) if glob.has_magic(part))
+    owned: dict[Path, bool] = {}  # by directory, of which files share many
+
+    def is_ours(path: Path) -> bool:
+        if len(path.parts) <= fixed:
+            return False
+        if path not in owned:
+            owned[path] = is_ours(path.parent) or _is_own_directory(path)
+        return owned[path]
+
+    found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute patterns too
+    return [name for name in found if not is_ours(Path(name)) and not _is_manifest(Path(name))]
+
+
 def _files_under(directory: Path) -> list[Path]:
     """Files of a known format, at any depth, sorted; hidden ones and those of our own datasets are none."""
-    files = [path for path in _walk(directory) if _format_of(path) is not None and not _is_ours(path)]
+    files = [path for path in _walk(directory, set()) if _format_of(path) is not None and not _is_manifest(path)]
     if not files:
         raise UserError(f"--input {directory}: no file in this directory ends in one of {' '.join(_FORMATS)}")
     return files
 
 
-def _walk(directory: Path) -> Iterator[Path]:
+def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Files, through symbolic links too; each directory once, however many links lead to it or back to it."""
+    status = directory.stat()
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
     for path in sorted(directory.iterdir()):
-        if path.name.startswith(".") or (path.is_dir() and path.name.endswith(("_tokenizer", ".cache"))):
+        if path.name.startswith("."):
             continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
+        if path.is_dir():
+            if not _is_own_directory(path):
+                yield from _walk(path, seen)
         elif path.is_file():
             yield path
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a .json is the manifest of an indexed dataset."""
-    return path.suffix == ".json" and (idx_path(path.with_suffix("")).exists() or is_sharded(path.with_suffix("")))
+def _is_own_directory(path: Path) -> bool:
+    """Whether a directory is a tokenizer or a cache that was written beside data."""
+    if not path.is_dir():
+        return False
+    if _OWN_DIRECTORY.fullmatch(path.name):
+        return True
+    try:
+        return path.name.endswith("_tokenizer") and saved_config(path) is not None
+    except UserError:  # a damaged file, of whomever
+        return False
+
+
+def _is_manifest(path: Path) -> bool:
+    return path.suffix == ".json" and manifest_format(path) is not None
 
 
 def _saved_by_datasets(directory: Path) -> list[Path] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -18,6 +19,9 @@ MANIFEST_FORMAT = "megatron-t5 indexed dataset"
 MANIFEST_VERSION = 2
 UNCHECKED_MANIFEST_VERSION = 1  # of manifests without checksums
 SHARDED_FORMAT = "megatron-t5 sharded dataset"  # of the manifest that joins several datasets (corpus.py)
+
+_MANIFEST_START = re.compile(rb'\s*\{\s*"format":\s*"(megatron-t5 (?:indexed|sharded) dataset)"')
+_MANIFEST_START_BYTES = 256
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -73,13 +77,30 @@ def shard_prefix(prefix: str | Path, number: int) -> Path:
     return Path(f"{prefix}-{number:05d}")
 
 
+def manifest_format(path: Path) -> str | None:
+    """The format that a manifest of this project names, its first entry; None: `path` is something else or missing."""
+    try:
+        with path.open("rb") as file:
+            found = _MANIFEST_START.match(file.read(_MANIFEST_START_BYTES))
+    except OSError:
+        return None
+    return found[1].decode() if found else None
+
+
 def is_sharded(prefix: str | Path) -> bool:
     """Whether `<prefix>.json` is the manifest of a sharded corpus; reads its beginning only."""
-    try:
-        with manifest_path(prefix).open("rb") as file:
-            return SHARDED_FORMAT.encode() in file.read(4 * len(SHARDED_FORMAT))
-    except OSError:
-        return False
+    return manifest_format(manifest_path(prefix)) == SHARDED_FORMAT
+
+
+def require_own_manifest(prefix: str | Path) -> None:
+    """Check that `<prefix>.json` may be replaced: nothing is there, or the manifest of a dataset.
+
+    Raises:
+        UserError: it is something else, perhaps the text of a corpus.
+    """
+    path = manifest_path(prefix)
+    if (path.exists() or path.is_symlink()) and manifest_format(path) is None:
+        raise UserError(f"{path} is not the manifest of a dataset, and would be replaced by one; move or rename it")
 
 
 def is_dataset(prefix: str | Path) -> bool:
@@ -91,12 +112,18 @@ def remove_dataset(prefix: str | Path) -> None:
     """Remove `<prefix>.idx`, `.bin` and `.json` where they exist; the index first, so that no half opens.
 
     Of a sharded corpus the manifest goes first, then the shards that it lists (none when it cannot be read).
+
+    Raises:
+        UserError: a `.json` is no manifest; nothing was removed.
     """
+    require_own_manifest(prefix)
     if is_sharded(prefix):
         try:
             num_shards = len(json.loads(manifest_path(prefix).read_bytes())["shards"])
         except (ValueError, TypeError, KeyError, RecursionError):
             num_shards = 0
+        for number in range(num_shards):
+            require_own_manifest(shard_prefix(prefix, number))
         manifest_path(prefix).unlink()
         fsync_directory(manifest_path(prefix).parent)
         for number in range(num_shards):

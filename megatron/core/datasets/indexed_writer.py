@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -29,7 +29,9 @@ from megatron.core.datasets.indexed_format import (
     manifest_counts,
     manifest_path,
     remove_dataset,
+    require_own_manifest,
 )
+from megatron.core.datasets.output_lock import OutputLock, is_at
 from megatron.core.errors import UserError
 from megatron.core.file_utils import fsync_directory, partial_path, write_durably
 
@@ -84,44 +86,64 @@ class IndexedDatasetWriter:
         dtype: Integer dtype of the ids (`optimal_dtype`).
         overwrite: Replace a dataset that exists; otherwise it is refused.
         state: What `checkpoint` returned to a writer that ended without `discard` (or was killed): go on from there.
+        is_locked: The caller has the lock of the prefix (output_lock.py); otherwise the writer takes it.
 
     Raises:
-        UserError: the dataset exists and `overwrite` is not set, another process is writing it, or the files to go on
-            with are gone.
+        UserError: the dataset exists and `overwrite` is not set, another process is writing it, `<prefix>.json` is no
+            manifest, or the files to go on with are gone.
     """
 
     def __init__(
-        self, prefix: str | Path, dtype: npt.DTypeLike, overwrite: bool = False, state: WriterState | None = None
+        self,
+        prefix: str | Path,
+        dtype: npt.DTypeLike,
+        overwrite: bool = False,
+        state: WriterState | None = None,
+        *,
+        is_locked: bool = False,
     ) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = next((code for code, known in DTYPES.items() if known == self.dtype), None)
         if self._code is None:
             raise UserError(f"token ids cannot be stored as {self.dtype}; use one of {list(map(str, DTYPES.values()))}")
-        if idx_path(prefix).exists() and not overwrite:
-            raise UserError(f"{idx_path(prefix)} exists; give another --output-prefix, or --overwrite to replace it")
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = None if is_locked else OutputLock(prefix)
+        try:
+            if idx_path(prefix).exists() and not overwrite:
+                raise UserError(
+                    f"{idx_path(prefix)} exists; give another --output-prefix, or --overwrite to replace it"
+                )
+            require_own_manifest(prefix)
+            if self._lock is not None:
+                self._lock.take_over()
+            self._open(state)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
+
+    def _open(self, state: WriterState | None) -> None:
         start = state or WriterState(0, 0, 0, True, 0)
         self.num_tokens, self.num_sequences, self.num_documents = start[:3]
         self._one_sequence_per_document = start.one_sequence_per_document
-        self._partial_bin = partial_path(bin_path(prefix))
-        self._bin = open_locked(self._partial_bin)
+        self._partial_bin = partial_path(bin_path(self.prefix))
+        if state is None:
+            # Removed, and not emptied: what a killed program left may be a hard link to somebody's data.
+            remove_partials(self.prefix)
+        for path in (idx_path(self.prefix), manifest_path(self.prefix)):
+            partial_path(path).unlink(missing_ok=True)  # of a crash between `prepare` and `publish`
+        # Lengths and document ends wait in files: lists of them would outgrow memory on large corpora.
+        lengths, document_ends = _spool_paths(self.prefix)
         bin_bytes = self.num_tokens * self.dtype.itemsize
-        self._bin_content = _ChecksummedFile(self._bin, bin_bytes, start.bin_crc32)
-        self._other_partials: list[Path] = []
+        self._bin = _opened(self._partial_bin, bin_bytes)
         try:
-            _truncate(self._bin, self._partial_bin, bin_bytes)
-            # Lengths and document ends wait in files: lists of them would outgrow memory on large corpora.
-            lengths, document_ends = _spool_paths(self.prefix)
-            self._lengths = lengths.open("a+b")  # int32[S]
-            self._document_ends = document_ends.open("a+b")  # int64[D - 1]
-            _truncate(self._lengths, lengths, 4 * self.num_sequences)
-            _truncate(self._document_ends, document_ends, 8 * self.num_documents)
-            for path in (idx_path(prefix), manifest_path(prefix)):
-                partial_path(path).unlink(missing_ok=True)  # of a crash between `prepare` and `publish`
+            self._lengths = _opened(lengths, 4 * self.num_sequences)  # int32[S]
+            self._document_ends = _opened(document_ends, 8 * self.num_documents)  # int64[D - 1]
         except BaseException:
             self._bin.close()
             raise
+        self._bin_content = _ChecksummedFile(self._bin, bin_bytes, start.bin_crc32)
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self
@@ -227,27 +249,38 @@ class IndexedDatasetWriter:
             write_durably(partial_path(manifest_path(self.prefix)), encode_manifest(content))
 
     def publish(self) -> None:
-        """Put what `prepare` wrote in the place of an older dataset of this prefix."""
-        self._partial_bin.stat()  # which must be there
+        """Put what `prepare` wrote in the place of an older dataset of this prefix.
+
+        Raises:
+            UserError: as `require_own_files`.
+        """
+        self.require_own_files()
         publish_prepared(self.prefix)
         self.close()
 
-    def discards(self, directory: Path) -> None:
-        """Let `discard` remove this directory too, which goes under its final name before `publish`."""
-        self._other_partials.append(directory)
+    def require_own_files(self) -> None:
+        """Check that the unfinished file is still the one that this writer has open, where the system has no locks.
+
+        Raises:
+            UserError: somebody removed or replaced it.
+        """
+        if not is_at(self._bin, self._partial_bin):
+            raise UserError(f"{self._partial_bin} was removed or replaced by another process; start again")
 
     def discard(self) -> None:
         """Remove what was written and not published; nothing to do after `publish` or `close`."""
         if not self._bin.closed:
-            for directory in self._other_partials:
-                shutil.rmtree(directory, ignore_errors=True)
-            remove_partials(self.prefix)
+            if is_at(self._bin, self._partial_bin):
+                remove_partials(self.prefix)
             self.close()
 
     def close(self) -> None:
         """Leave the unfinished files as they are, for `publish_prepared` or for a writer that goes on."""
         for file in (self._bin, self._lengths, self._document_ends):
-            file.close()
+            with suppress(OSError):  # of a full disk; what counts was put on the disk by `checkpoint` or `prepare`
+                file.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def _checked_ids(self, tokens: npt.ArrayLike) -> Tokens:
         ids = np.asarray(tokens)
@@ -328,41 +361,28 @@ def remove_partials(prefix: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def open_locked(path: Path) -> BinaryIO:
-    """Open an unfinished file to append to it, locked against other processes until it is closed.
-
-    Raises:
-        UserError: another process has it.
-    """
-    busy = UserError(f"{path} is being written by another process; wait for it to end")
-    file: BinaryIO = path.open("a+b")
-    try:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        except OSError:
-            pass  # Some network file systems have no locks; two writers there are the user's to avoid.
-        try:
-            # Between our open and the lock the other writer may have finished: the file is then published, or gone.
-            mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except FileNotFoundError:
-            mine = False
-        if not mine:
-            raise busy
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
 def _spool_paths(prefix: Path) -> tuple[Path, Path]:
     """Where the lengths of the sequences and the ends of the documents wait for the index."""
     return Path(f"{prefix}.lengths.partial"), Path(f"{prefix}.documents.partial")
 
 
-def _truncate(file: BinaryIO, path: Path, size: int) -> None:
-    found = os.fstat(file.fileno()).st_size
-    if found < size:
-        raise UserError(f"{path} has {found} bytes, {size} were written: it cannot be gone on with; drop --resume")
-    file.truncate(size)
+def _opened(path: Path, size: int) -> BinaryIO:
+    """Open an unfinished file to append to its first `size` bytes; what follows them is cut off.
+
+    Raises:
+        UserError: it is shorter, or has another name too, under which it would change.
+    """
+    file: BinaryIO = path.open("a+b")
+    try:
+        found = os.fstat(file.fileno())
+        if found.st_size < size:
+            raise UserError(
+                f"{path} has {found.st_size} bytes, {size} were written: it cannot be gone on with; drop --resume"
+            )
+        if found.st_nlink > 1:
+            raise UserError(f"{path} has other names (hard links), which would change with it; drop --resume")
+        file.truncate(size)
+    except BaseException:
+        file.close()
+        raise
+    return file

@@ -21,14 +21,11 @@ from megatron.core.datasets.indexed_format import (
     is_sharded,
     manifest_path,
     remove_dataset,
+    require_own_manifest,
     shard_prefix,
 )
-from megatron.core.datasets.indexed_writer import (
-    IndexedDatasetWriter,
-    open_locked,
-    publish_prepared,
-    remove_partials,
-)
+from megatron.core.datasets.indexed_writer import IndexedDatasetWriter, publish_prepared, remove_partials
+from megatron.core.datasets.output_lock import output_locked
 from megatron.core.datasets.preprocessing_workers import signals_wait
 from megatron.core.errors import UserError
 from megatron.core.file_utils import fsync_directory, partial_path, replace_directory, write_durably
@@ -39,7 +36,7 @@ def find_datasets(inputs: Sequence[str]) -> list[Path]:
     """Prefixes that `--input` means: of a directory, those of all datasets in it, sorted by name.
 
     Raises:
-        UserError: something is no dataset, or named twice.
+        UserError: something is no dataset.
     """
     prefixes: list[Path] = []
     for text in inputs:
@@ -53,10 +50,6 @@ def find_datasets(inputs: Sequence[str]) -> list[Path]:
             prefixes.append(path)
         else:
             raise UserError(f"--input {text}: neither a directory nor a dataset: {idx_path(path)} does not exist")
-    counts = Counter(prefix.resolve() for prefix in prefixes)
-    for prefix in prefixes:
-        if counts[prefix.resolve()] > 1:
-            raise UserError(f"--input names {prefix} {counts[prefix.resolve()]} times; its documents would be repeated")
     return prefixes
 
 
@@ -64,9 +57,14 @@ def open_alike(prefixes: Sequence[Path]) -> list[IndexedDataset]:
     """The datasets of these prefixes, all shards of sharded ones; of one dtype and one tokenizer.
 
     Raises:
-        UserError: two differ, or one cannot be opened.
+        UserError: two differ, one is named twice (also as a shard of its corpus), or one cannot be opened.
     """
     datasets = [shard for prefix in prefixes for shard in open_corpus(prefix).shards]
+    counts = Counter(dataset.prefix.resolve() for dataset in datasets)
+    for dataset in datasets:
+        count = counts[dataset.prefix.resolve()]
+        if count > 1:
+            raise UserError(f"--input names {dataset.prefix} {count} times; its documents would be repeated")
     first = datasets[0]
     for other in datasets[1:]:
         if _tokenizer_of(other) != _tokenizer_of(first):
@@ -96,8 +94,8 @@ def _tokenizer_name(dataset: IndexedDataset) -> str:
 def merge(datasets: Sequence[IndexedDataset], output_prefix: str | Path, overwrite: bool = False) -> IndexedDataset:
     """Write all documents, in this order, as one dataset; returns it.
 
-    Its files are those of preprocessing all texts at once. Entries of the manifests that contradict each other are
-    left out of the new one.
+    Its files are those of preprocessing all texts at once, but for `run` in the manifest, which tells preprocessing
+    what it has done itself. Entries of the manifests that contradict each other are left out of the new one.
 
     Args:
         datasets: From `open_alike`.
@@ -105,11 +103,15 @@ def merge(datasets: Sequence[IndexedDataset], output_prefix: str | Path, overwri
         overwrite: Replace a dataset that exists.
 
     Raises:
-        UserError: the output exists, is an input, or a dataset is damaged.
+        UserError: the output exists, is an input, would replace what is no dataset, or a dataset is damaged.
     """
     prefix = Path(output_prefix)
     _check_output(datasets, [prefix], overwrite)
-    with IndexedDatasetWriter(prefix, datasets[0].dtype, overwrite) as writer:
+    with (
+        output_locked(prefix) as lock,
+        IndexedDatasetWriter(prefix, datasets[0].dtype, overwrite, is_locked=True) as writer,
+    ):
+        lock.take_over()
         for dataset in datasets:
             writer.add_dataset(dataset)
         with _tokenizer_prepared(datasets[0], prefix) as entries:
@@ -135,7 +137,7 @@ def merge_as_shards(
         How many files were "linked", "reflinked" or "copied".
 
     Raises:
-        UserError: the output exists, is an input, or a dataset has no manifest.
+        UserError: the output exists, is an input, would replace what is no dataset, or a dataset has no manifest.
     """
     prefix = Path(output_prefix)
     shards = [shard_prefix(prefix, number) for number in range(len(datasets))]
@@ -143,9 +145,10 @@ def merge_as_shards(
     for dataset in datasets:
         if dataset.manifest is None:
             raise UserError(f"{dataset.prefix} has no manifest, as shards have; leave out --as-shards")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
     ways: Counter[str] = Counter()
-    with open_locked(partial_path(manifest_path(prefix))), _tokenizer_prepared(datasets[0], prefix) as entries:
+    with output_locked(prefix) as lock, _tokenizer_prepared(datasets[0], prefix) as entries:
+        _check_output(datasets, [prefix, *shards], overwrite)
+        lock.take_over()
         try:
             for dataset, shard in zip(datasets, shards, strict=True):
                 remove_partials(shard)
@@ -168,7 +171,6 @@ def merge_as_shards(
         finally:
             for shard in shards:
                 remove_partials(shard)
-            partial_path(manifest_path(prefix)).unlink(missing_ok=True)
     return ways
 
 
@@ -182,6 +184,7 @@ def _check_output(datasets: Sequence[IndexedDataset], names: Sequence[Path], ove
     for name in names:
         if is_dataset(name) and not overwrite:
             raise UserError(f"{name} exists; give another --output-prefix, or --overwrite to replace it")
+        require_own_manifest(name)
     require_replaceable(_tokenizer_directory(prefix))
 
 

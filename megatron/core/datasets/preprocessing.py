@@ -10,6 +10,8 @@ killed run has written is kept until the next one, which goes on from there if a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import time
 from collections import Counter
@@ -33,14 +35,17 @@ from megatron.core.datasets.indexed_format import (
     bin_path,
     idx_path,
     is_sharded,
+    manifest_format,
     manifest_path,
     optimal_dtype,
 )
-from megatron.core.datasets.preprocessing_journal import PUBLISHING, Journal, is_publishing, journal_path
+from megatron.core.datasets.output_lock import journal_path
+from megatron.core.datasets.preprocessing_journal import PUBLISHING, Journal, is_publishing
 from megatron.core.datasets.preprocessing_output import (
     OutputWriter,
     manifest_of,
     publish_output,
+    require_own_manifests,
     tokenizer_directory,
     unfinished_bytes,
 )
@@ -180,12 +185,15 @@ class _Run:
         for prefix in self._prefixes:
             found = manifest_path(prefix) if is_sharded(prefix) else idx_path(prefix)
             if found.exists() and not config.overwrite and not goes_on:
-                raise UserError(f"{found} exists; give another --output-prefix, or --overwrite to replace it")
+                which = ", and its manifest names another run (other flags or files)" if config.resume else ""
+                raise UserError(f"{found} exists{which}; give another --output-prefix, or --overwrite to replace it")
+        self._run = run_fingerprint(config, sources, tokenizer)
         self._journal = Journal(self._prefixes, _identity(config, sources, tokenizer), config.resume)
         state = self._journal.state or {}
         stats = state.get("stats", {})
         self.stats = PreprocessStats(**{**stats, "skipped": Counter(stats.get("skipped")), "prefixes": self._prefixes})
         self.is_finished = PUBLISHING in state
+        self._is_published = False
         self._num_shards: list[int | None] = state.get(PUBLISHING, [])
         self._source, self._position = state.get("source", 0), Position(*state.get("position", START))
         self._outputs: list[OutputWriter] = []
@@ -206,7 +214,7 @@ class _Run:
             output = OutputWriter(
                 prefix,
                 dtype,
-                _manifest(config, key, self._sources, self._tokenizer),
+                self._manifest(key),
                 self._tokenizer,
                 shard_tokens=config.shard_tokens,
                 overwrite=config.overwrite,
@@ -218,7 +226,7 @@ class _Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if error is None:
+        if error is None or self._is_published:  # a signal waited until everything had its name
             self._end(keep=True)
             return
         state = self._journal.state
@@ -233,11 +241,12 @@ class _Run:
         self._end(keep=state is not None)
 
     def _end(self, keep: bool) -> None:
-        for output in self._outputs:
-            output.close() if keep else output.discard()
-        if not keep:
-            self._journal.remove()
-        self._journal.close()
+        with ExitStack() as stack:  # all of them, in the reverse order, if one fails too
+            stack.callback(self._journal.close)
+            if not keep:
+                stack.callback(self._journal.remove)
+            for output in self._outputs:
+                stack.callback(output.close if keep else output.discard)
 
     def results(self) -> Generator[tuple[Progress, TokenizedChunk], None, None]:
         """The ids of everything that is still to be done, in order."""
@@ -290,47 +299,55 @@ class _Run:
 
     def publish(self) -> None:
         """Give everything its name."""
+        for output in self._outputs:
+            output.require_own_files()
         if not self.is_finished:
             self._journal.add(self._state() | {PUBLISHING: self._num_shards})
         for key, prefix, num_shards in zip(self._config.json_keys, self._prefixes, self._num_shards, strict=True):
-            manifest = _manifest(self._config, key, self._sources, self._tokenizer)
-            publish_output(prefix, num_shards, manifest_of(prefix, manifest))
+            publish_output(prefix, num_shards, manifest_of(prefix, self._manifest(key)))
         self._journal.remove()
+        self._is_published = True
         self._progress.finish()
+
+    def _manifest(self, key: str) -> dict[str, Any]:
+        return {
+            "json_key": key,
+            "append_eod": self._config.append_eod,
+            "inputs": [{"name": source.path.name, "bytes": source.size} for source in self._sources],
+            "run": self._run,
+            "tokenizer": self._tokenizer.describe(),
+        }
 
     def _say(self, line: str) -> None:
         print(line, file=self._log, flush=True)
 
 
-def _manifest(config: PreprocessConfig, key: str, sources: list[Source], tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "json_key": key,
-        "append_eod": config.append_eod,
-        "inputs": [{"name": source.path.name, "bytes": source.size} for source in sources],
-        "tokenizer": tokenizer.describe(),
-    }
-
-
 def _is_complete(config: PreprocessConfig, sources: list[Source], tokenizer: Tokenizer) -> bool:
-    """Whether an earlier run with these flags ended well, so far as the manifests tell."""
+    """Whether an earlier run with these flags and files ended well, as the manifests tell."""
+    run = run_fingerprint(config, sources, tokenizer)
     for key in config.json_keys:
         prefix = config.prefix_of(key)
-        if is_sharded(prefix) != (config.shard_tokens is not None) or journal_path(prefix).exists():
+        journal = journal_path(prefix)
+        if journal.exists() and journal.stat().st_size:
             return False
-        if not manifest_path(prefix).exists() or not (is_sharded(prefix) or idx_path(prefix).exists()):
+        if manifest_format(manifest_path(prefix)) is None or not (is_sharded(prefix) or idx_path(prefix).exists()):
             return False
         found = read_json(manifest_path(prefix))
-        if any(found.get(name) != value for name, value in _manifest(config, key, sources, tokenizer).items()):
+        if (found.get("run"), found.get("json_key")) != (run, key):
             return False
     return True
+
+
+def run_fingerprint(config: PreprocessConfig, sources: list[Source], tokenizer: Tokenizer) -> str:
+    """What a manifest says of the run that wrote it: a sha256 over its flags and the files' paths, sizes and times."""
+    return hashlib.sha256(json.dumps(_identity(config, sources, tokenizer)).encode()).hexdigest()[:16]
 
 
 def _identity(config: PreprocessConfig, sources: list[Source], tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides on the bytes of the output, by flag."""
     return {
-        "--input": [
-            [str(source.path), source.records, source.size, source.path.stat().st_mtime_ns] for source in sources
-        ],
+        "--input": [[str(source.path.resolve()), source.size, source.path.stat().st_mtime_ns] for source in sources],
+        "--input-format or --text-sample-by": [source.records for source in sources],
         "--json-keys": config.json_keys,
         "--append-eod": config.append_eod,
         "--shard-tokens": config.shard_tokens,
@@ -356,6 +373,7 @@ def _check_files(config: PreprocessConfig, sources: list[Source]) -> None:
             if output.resolve() in inputs:
                 raise UserError(f"--input {output} would be replaced by the output; give another --output-prefix")
         require_replaceable(tokenizer_directory(prefix))
+        require_own_manifests(prefix)
 
 
 def _report_errors(config: PreprocessConfig, result: TokenizedChunk, stats: PreprocessStats, log: TextIO) -> None:

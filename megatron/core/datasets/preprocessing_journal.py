@@ -2,7 +2,7 @@
 
 `<prefix>.journal.partial` has a line for what is done, and one for each piece that is on the disk: where in the input
 it ends, and how much of each output it covers. A line counts when it is whole, which its checksum tells. The journal
-is also the lock of the output: whoever holds it writes the files of its prefix.
+is also the lock of the output (output_lock.py).
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from megatron.core.datasets.indexed_writer import open_locked
+from megatron.core.datasets.output_lock import journal_path, open_locked
 from megatron.core.errors import UserError
 from megatron.core.file_utils import fsync_directory
 
-VERSION = 1
+VERSION = 2
 PUBLISHING = "publishing"
-
-
-def journal_path(prefix: Path) -> Path:
-    """The journal of the dataset or sharded corpus `prefix`."""
-    return Path(f"{prefix}.journal.partial")
 
 
 class Journal:
@@ -71,10 +66,14 @@ class Journal:
                             f"--resume: {self._paths[0]} is of a run with another {flag}; give the same flags and "
                             "files as there, or start over without --resume"
                         )
+                for path in self._paths[1:]:
+                    if path.stat().st_size:
+                        raise UserError(f"--resume: another run has begun to write {path}; start over without --resume")
                 file.truncate(size)
                 self.state = entries[-1]
                 return
-        file.truncate(0)
+        for each in self._files:
+            each.truncate(0)
         self._append(run)
 
     def __enter__(self) -> Journal:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.core.datasets.corpus import publish_sharded
-from megatron.core.datasets.indexed_format import bin_path, remove_dataset, shard_prefix
+from megatron.core.datasets.indexed_format import bin_path, remove_dataset, require_own_manifest, shard_prefix
 from megatron.core.datasets.indexed_writer import (
     IndexedDatasetWriter,
     WriterState,
@@ -32,7 +32,7 @@ def tokenizer_directory(prefix: Path) -> Path:
 
 
 class OutputWriter:
-    """Documents of one corpus, cut into shards where that is asked for.
+    """Documents of one corpus, cut into shards where that is asked for; the caller has the lock of its prefix.
 
     Attributes:
         prefix: Of the corpus.
@@ -84,7 +84,7 @@ class OutputWriter:
 
     def _open(self, state: WriterState | None = None) -> IndexedDatasetWriter:
         prefix = self.prefix if self.num_shards is None else shard_prefix(self.prefix, self.num_shards - 1)
-        return IndexedDatasetWriter(prefix, self._dtype, self._overwrite, state)
+        return IndexedDatasetWriter(prefix, self._dtype, self._overwrite, state, is_locked=True)
 
     def add_documents(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
         """Append documents of one sequence each: their ids end to end, and the tokens of each."""
@@ -128,6 +128,14 @@ class OutputWriter:
         """Write all that is missing under temporary names."""
         self._writer.prepare(self.manifest)
 
+    def require_own_files(self) -> None:
+        """Check that nobody has replaced what is about to be published.
+
+        Raises:
+            UserError: somebody has.
+        """
+        self._writer.require_own_files()
+
     def close(self) -> None:
         """Leave the files as they are."""
         self._writer.close()
@@ -153,7 +161,11 @@ def publish_output(prefix: Path, num_shards: int | None, manifest: dict[str, Any
     """Give a prepared corpus and its tokenizer their names, in the place of older ones.
 
     After a crash in the middle, a second call does the rest.
+
+    Raises:
+        UserError: a manifest's name is taken by something else; nothing was removed.
     """
+    require_own_manifests(prefix)
     directory = tokenizer_directory(prefix)
     if partial_path(directory).exists():
         # The old data go before their tokenizer does: data must never be found beside one that is not their own.
@@ -165,6 +177,20 @@ def publish_output(prefix: Path, num_shards: int | None, manifest: dict[str, Any
     for number in range(num_shards):
         publish_prepared(shard_prefix(prefix, number))
     publish_sharded(prefix, num_shards, manifest)
+
+
+def require_own_manifests(prefix: Path) -> None:
+    """Check that the manifests of a corpus, and of shards that it may have, would replace none but their like.
+
+    Raises:
+        UserError: one would.
+    """
+    require_own_manifest(prefix)
+    if prefix.parent.is_dir():
+        shard = re.compile(re.escape(prefix.name) + r"-\d{5,}\.json")
+        for path in sorted(prefix.parent.iterdir()):
+            if shard.fullmatch(path.name):
+                require_own_manifest(path.with_suffix(""))
 
 
 def discard_output(prefix: Path) -> None:

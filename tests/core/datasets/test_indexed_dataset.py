@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import pickle
 import random
 import struct
 import tracemalloc
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from megatron.core.datasets.indexed_dataset import (
     remove_dataset,
     resolve_prefix,
 )
+from megatron.core.datasets.indexed_writer import WriterState
 from megatron.core.errors import UserError
 from tests.megatron_oracle import run_megatron
 
@@ -328,7 +330,7 @@ def test_no_bit_flip_of_the_manifest_is_accepted(tmp_path: Path) -> None:
 def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), IndexedDatasetWriter(tmp_path / "a", "uint16") as writer:
         writer.add_document([1, 2])
-        assert names(tmp_path) == {"a.bin.partial", "a.lengths.partial", "a.documents.partial"}
+        assert names(tmp_path) == {f"a.{name}.partial" for name in ("bin", "lengths", "documents", "journal")}
         raise RuntimeError
     with IndexedDatasetWriter(tmp_path / "a", "uint16") as writer:
         writer.add_document([1, 2])  # never finalized
@@ -370,10 +372,9 @@ def test_crash_between_any_two_steps_never_leaves_a_wrong_dataset(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", counted_replace)
             patch.setattr(Path, "unlink", counted_unlink)
-            try:
+            with suppress(Crash):
                 writer.finalize({"which": "new"})
-            except Crash:
-                writer.close()  # as the end of the process would; nothing is cleaned up
+        writer.close()  # as the end of the process would; nothing is cleaned up
         try:
             dataset = IndexedDataset(prefix)
         except UserError:
@@ -403,15 +404,64 @@ def test_an_existing_dataset_is_replaced_only_when_asked(tmp_path: Path) -> None
 
 
 def test_leftovers_of_a_killed_writer_are_no_part_of_the_next(tmp_path: Path) -> None:
-    (tmp_path / "a.bin.partial").write_bytes(b"leftover")
+    data = bin_path(write(tmp_path / "other", [[[1, 2]]]))
+    before = data.read_bytes()
+    (tmp_path / "a.bin.partial").hardlink_to(data)
     assert list(IndexedDataset(write(tmp_path / "a", [[[7]]])).tokens) == [7]
+    assert data.read_bytes() == before
+    (tmp_path / "b.bin.partial").hardlink_to(data)
+    with pytest.raises(UserError, match="has other names"):
+        IndexedDatasetWriter(tmp_path / "b", "uint16", state=WriterState(1, 1, 1, True, 0))
+    assert data.read_bytes() == before
 
 
-def test_two_writers_of_one_prefix(tmp_path: Path) -> None:
-    with (tmp_path / "a.bin.partial").open("wb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+@pytest.mark.parametrize("prefix", ["a", "a-00000"])
+def test_two_writers_of_one_prefix(tmp_path: Path, prefix: str) -> None:
+    with IndexedDatasetWriter(tmp_path / "a", "uint16") as first:
+        first.add_document([1])
         with pytest.raises(UserError, match="another process"):
-            IndexedDatasetWriter(tmp_path / "a", "uint16")
+            IndexedDatasetWriter(tmp_path / prefix, "uint16")
+        first.finalize()
+    assert names(tmp_path) == {"a.bin", "a.idx"}
+
+
+def test_what_another_writer_put_there_is_not_published(tmp_path: Path) -> None:
+    """Where the file system has no locks."""
+    with IndexedDatasetWriter(tmp_path / "a", "uint16") as first:
+        first.add_document([1])
+        with IndexedDatasetWriter(tmp_path / "a", "uint16", is_locked=True) as second:
+            second.add_document([2, 3])
+            with pytest.raises(UserError, match="replaced by another process"):
+                first.finalize()
+            first.discard()
+            second.finalize()
+    assert list(IndexedDataset(tmp_path / "a").tokens) == [2, 3]
+
+
+def test_a_json_that_is_no_manifest_stays(tmp_path: Path) -> None:
+    text = manifest_path(tmp_path / "a")
+    text.write_text('{"text": "a megatron-t5 sharded dataset"}\n')
+    with pytest.raises(UserError, match=r"a\.json is not the manifest of a dataset"):
+        IndexedDatasetWriter(tmp_path / "a", "uint16", overwrite=True)
+    with pytest.raises(UserError, match="is not the manifest"):
+        remove_dataset(tmp_path / "a")
+    assert names(tmp_path) == {"a.json"} and text.read_text().startswith('{"text"')
+    with IndexedDatasetWriter(tmp_path / "b", "uint16") as writer:
+        writer.add_document([1])
+        manifest_path(tmp_path / "b").write_text("[]")  # while it is written
+        with pytest.raises(UserError, match="is not the manifest"):
+            writer.finalize({})
+    assert manifest_path(tmp_path / "b").read_text() == "[]"
+
+
+def test_a_full_disk_does_not_keep_a_writer_from_clearing_up(tmp_path: Path) -> None:
+    """What is still in its buffer cannot be written when the file is closed."""
+    writer = IndexedDatasetWriter(tmp_path / "a", "uint16")
+    writer.add_document([1])
+    with open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
+        os.dup2(full.fileno(), writer._lengths.fileno())
+    writer.discard()
+    assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("tokens", [[70000], [-1], [1.5], [[1]]])
