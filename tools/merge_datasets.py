@@ -1,10 +1,10 @@
 """Join datasets of one tokenizer into one, in the order in which they are named.
 
-The result is what preprocessing all texts at once gives, byte for byte. Their ids are copied by the file system, which
-shares the blocks where it can, and not read. With --as-shards nothing is copied at all: the result is a sharded corpus
-whose files are hard links (on another file system: shared blocks, else copies) of the datasets'; the trainer takes its
-prefix like that of any dataset. Exit status: 0 done, 1 an input or flag value is wrong, 2 unknown flag, 128 + n stopped
-by signal n.
+The result is what preprocessing all texts at once gives, `.bin` and `.idx` byte for byte. Their ids are copied by the
+file system, which shares the blocks where it can, and not read. With --as-shards nothing is copied at all: the result
+is a sharded corpus whose files are hard links (on another file system: shared blocks, else copies) of the datasets';
+the trainer takes its prefix like that of any dataset. Exit status: 0 done, 1 an input or flag value is wrong, 2 unknown
+flag, 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
