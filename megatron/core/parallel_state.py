@@ -147,13 +147,19 @@ class ParallelContext:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def on_main(self, function: Callable[[], T], patiently_at: str | None = None) -> T:
+    def on_main(
+        self,
+        function: Callable[[], T],
+        patiently_at: str | None = None,
+        while_waiting: Callable[[], object] | None = None,
+    ) -> T:
         """What `function` returns on the main process (picklable), on every process; all call it together.
 
         Args:
             function: What to do there.
             patiently_at: A name that this run uses once, for what may take longer than a collective may: the others
                 then look every now and then whether it is done.
+            while_waiting: What they call whenever they look.
 
         Raises:
             UserError: `function` raised it, or an OSError; on every process, so that none waits for another.
@@ -166,7 +172,7 @@ class ParallelContext:
                 self.store.set(done, "")
         elif patiently_at is not None and self.store is not None:
             while not self.store.check([done]):
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+                _wait_a_little(while_waiting)
         if self.mesh is not None:
             torch.distributed.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1] is not None:
@@ -174,33 +180,45 @@ class ParallelContext:
         result: T = outcome[0]
         return result
 
-    def on_local_main(self, function: Callable[[], object], patiently_at: str) -> None:
+    def on_local_main(
+        self, function: Callable[[], object], patiently_at: str, while_waiting: Callable[[], object] | None = None
+    ) -> None:
         """Let `function` run on one process of each node; all processes call this together and leave it together.
 
         It may take longer than a collective may. Without torchrun, which numbers the processes of a node, every process
-        runs it.
+        runs it. A mistake that it meets ends the waiting at once, whatever other nodes are still at.
 
         Args:
             function: What to do there.
             patiently_at: A name that this run uses once.
+            while_waiting: What processes that have nothing to do, or are done, call every now and then.
 
         Raises:
             UserError: `function` raised it on a node, or an OSError; on every process, so that none waits for another.
         """
         error = _outcome_of(function)[1] if os.environ.get("LOCAL_RANK", "0") == "0" else None
         if self.store is not None:
-            done = f"on_local_main/{patiently_at}"
-            arrived = self.store.add(done, 1)
-            while arrived < self.world_size:
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-                arrived = self.store.add(done, 0)
-        errors: list[UserError | None] = [error]
-        if self.control_group is not None:
-            errors = [None] * self.world_size
-            torch.distributed.all_gather_object(errors, error, group=self.control_group)
-        for error in errors:
+            name = f"on_local_main/{patiently_at}"
             if error is not None:
-                raise error
+                self.store.set(f"{name}/error", str(error))
+            self.store.add(name, 1)
+            while not self.store.check([f"{name}/error"]) and self.store.add(name, 0) < self.world_size:
+                _wait_a_little(while_waiting)
+            # A process that has counted all the others has to look again: the last one may have told of its error.
+            if self.store.check([f"{name}/error"]):
+                raise UserError(self.store.get(f"{name}/error").decode())
+        elif self.control_group is not None:
+            errors: list[UserError | None] = [None] * self.world_size
+            torch.distributed.all_gather_object(errors, error, group=self.control_group)
+            error = next((error for error in errors if error is not None), None)
+        if error is not None:
+            raise error
+
+
+def _wait_a_little(while_waiting: Callable[[], object] | None) -> None:
+    if while_waiting is not None:
+        while_waiting()
+    time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _outcome_of(function: Callable[[], object]) -> list[Any]:

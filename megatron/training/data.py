@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron.core.parallel_state import ParallelContext
 from megatron.core.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from megatron.training.config import RunConfig
 from megatron.training.corpora import open_corpora, prepare_texts
+from megatron.training.stopping import StopControl
 
 _ANY_SENTINELS = 1 << 31
 
@@ -99,16 +101,15 @@ def _open_tasks(config: RunConfig) -> TrainingData:
     )  # fmt: skip
 
 
-def prepare_data(config: RunConfig, context: ParallelContext) -> None:
-    """Tokenize what is given as text, on one process (of each node, where these share no disk); the others wait."""
-    if config.data.objective == "text-to-text":
-        context.on_main(lambda: _prepare_tasks(config), patiently_at="tokenization")
-    else:
-        context.on_local_main(lambda: prepare_texts(config), patiently_at="tokenization")
+def prepare_data(config: RunConfig, context: ParallelContext, stop: StopControl) -> None:
+    """Tokenize what is given as text, on one process (of each node, where these share no disk); the others wait.
 
-
-def _prepare_tasks(config: RunConfig) -> None:
-    _open_tasks(config)
+    A wish to stop, of any rank, interrupts that; the next `stop.poll` then tells so. What is done is kept, as far as
+    the next start can go on from it.
+    """
+    tasks = config.data.objective == "text-to-text"
+    work = partial(stop.interruptible, partial(_open_tasks if tasks else prepare_texts, config))
+    (context.on_main if tasks else context.on_local_main)(work, "tokenization", stop.tell_others)
 
 
 def tokenizer_of_tasks(config: RunConfig) -> Tokenizer:

@@ -6,13 +6,19 @@ each other for ever. So handlers only take a note, and the loop asks at places t
 The first signal lets the step end. A second one, for when that takes too long, gives up the step under way. Signals
 that follow each other within `SAME_REQUEST_S` count as one: a launcher that forwards a signal that its processes got
 already, Ctrl-C in a terminal for one, is not a second wish.
+
+Before the first step, some ranks may prepare data for hours while the others wait for them. There a note would not do:
+the first signal, whichever rank it reaches, interrupts the work.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from types import FrameType
@@ -30,6 +36,11 @@ a terminal, unless `nohup` has it ignored."""
 SAME_REQUEST_S = 1.0
 """Signals that are closer to each other are one wish to stop."""
 
+SECONDS_BETWEEN_LOOKS = 0.2
+"""At what other ranks want, while this one does work that can be interrupted."""
+
+_WANTED = "stopping/wanted"  # key of the job's store
+
 
 class Stop(IntEnum):
     """How urgently a run is to stop; ranks agree on the maximum."""
@@ -46,6 +57,10 @@ class _Wish:
     stop: Stop = Stop.NO
     reason: str = ""
     signal_number: int | None = None
+
+
+class _Interrupted(KeyboardInterrupt):
+    """The work is to be given up; a KeyboardInterrupt for whatever clears up after one."""
 
 
 class StopControl:
@@ -74,6 +89,8 @@ class StopControl:
         self._signals = 0
         self._last_signal = float("-inf")
         self._replaced: dict[signal.Signals, Any] = {}
+        self._interrupts = False  # signals raise `_Interrupted`
+        self._passing_on = False  # the next one is another rank's
 
     def __enter__(self) -> StopControl:
         for number in STOP_SIGNALS:
@@ -90,6 +107,10 @@ class StopControl:
         self._replaced.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._passing_on:
+            self._passing_on = False
+            self._interrupt()
+            return
         now = time.monotonic()
         if now - self._last_signal < SAME_REQUEST_S:
             return
@@ -98,6 +119,65 @@ class StopControl:
         if self._signals > 2 and number == signal.SIGINT:
             raise KeyboardInterrupt  # the way out of a run that does not get as far as asking
         self._signalled = _Wish(Stop(min(self._signals, Stop.AT_ONCE)), signal.Signals(number).name, number)
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._interrupts:
+            raise _Interrupted
+
+    def interruptible(self, work: Callable[[], object]) -> bool:
+        """Do `work` in the main thread unless or until this rank or another is to stop.
+
+        `work` then sees a KeyboardInterrupt, and the next `poll` tells all ranks to stop. Those that wait meanwhile
+        have to call `tell_others` every now and then.
+
+        Returns:
+            Whether it came to its end.
+        """
+        over = threading.Event()
+        watcher = threading.Thread(target=self._watch_others, args=(over,), daemon=True)
+        try:
+            with self._interrupting():
+                if self._wish().stop:
+                    return False
+                watcher.start()
+                work()
+        except _Interrupted:
+            return False
+        finally:
+            over.set()
+            if watcher.ident is not None:
+                watcher.join()  # no signal comes from it any more
+        return True
+
+    @contextmanager
+    def _interrupting(self) -> Iterator[None]:
+        """Signals interrupt the block, calls of the system that wait too."""
+        for number in self._replaced:
+            signal.siginterrupt(number, True)
+        self._interrupts = True
+        try:
+            yield
+        finally:
+            self._interrupts = False
+            for number in self._replaced:
+                signal.siginterrupt(number, False)
+
+    def _watch_others(self, over: threading.Event) -> None:
+        """In a thread: interrupt the main thread once another rank wants to stop or the launcher is gone."""
+        store = self.context.store
+        with suppress(RuntimeError):  # the store is gone; the watchdog tells
+            while not over.wait(SECONDS_BETWEEN_LOOKS):
+                if self._is_orphaned() or (store is not None and store.check([_WANTED])):
+                    self._passing_on = True
+                    # A signal, since only that wakes a main thread that waits.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                    return
+
+    def tell_others(self) -> None:
+        """Interrupt the work of other ranks if this one is to stop."""
+        if self._wish().stop and self.context.store is not None:
+            self.context.store.set(_WANTED, "")
 
     def request(self, reason: str) -> None:
         """Stop after the step because this rank wants to; the first reason counts."""
@@ -111,9 +191,7 @@ class StopControl:
 
     def poll(self) -> Stop:
         """Whether and how urgently to stop; all ranks call it together and get the same answer, which never falls."""
-        if self._launcher is not None and os.getppid() != self._launcher:
-            self.request("torchrun is gone")
-        wish = max(self._requested, self._signalled, key=lambda wish: wish.stop)
+        wish = self._wish()
         stop = wish.stop
         if self.context.control_group is not None:
             highest = torch.tensor(stop, dtype=torch.int32)
@@ -123,6 +201,15 @@ class StopControl:
             self._agreed = stop
             self._agree_on_reason(wish)
         return stop
+
+    def _wish(self) -> _Wish:
+        """What this rank wants."""
+        if self._is_orphaned():
+            self.request("torchrun is gone")
+        return max(self._requested, self._signalled, key=lambda wish: wish.stop)
+
+    def _is_orphaned(self) -> bool:
+        return self._launcher is not None and os.getppid() != self._launcher
 
     def _agree_on_reason(self, own: _Wish) -> None:
         """Take the reason from the lowest rank with the most urgent wish."""

@@ -502,7 +502,9 @@ def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: b
             require_exportable(config.model)
             require_replaceable(Path(config.checkpoint.save_hf))
         checkpoint = find_starting_point(config.checkpoint, context)
-        prepare_data(config, context)
+        prepare_data(config, context, stop)
+        if stop.poll():  # it took its time; the loop asks again after making and loading the model
+            return stopped(stop, 0 if checkpoint is None else checkpoint.progress.iteration, config, context)
         data = open_data(config)
         if checkpoint is not None:
             adopt_settings(checkpoint, config, context.dp_size, data.tokenizer, vocab_size_given)
@@ -510,8 +512,6 @@ def pretrain_in(context: ParallelContext, config: RunConfig, vocab_size_given: b
         fit_vocabulary(config, data.tokenizer, given=vocab_size_given or takes_weights)
         for warning in data.warnings:
             warn(warning, context.is_main)
-        if stop.poll():  # verifying a checkpoint took its time; the loop asks again after making and loading the model
-            return stopped(stop, 0 if checkpoint is None else checkpoint.progress.iteration, config, context)
         trainer = Trainer(config, data, context, stop, checkpoint)
         trainer.watchdog = watchdog
         try:

@@ -1,6 +1,7 @@
 """The groups of a layout."""
 
 import os
+import threading
 import time
 from datetime import timedelta
 
@@ -63,6 +64,29 @@ def test_one_process_of_each_node_does_it_and_all_know(tmp_path, mistake):
     outcomes = run_distributed(_once_a_node, 4, tmp_path, (0, 1, 0, 1), (0, 0, 1, 1), mistake)
     expected = {UserError: "mend this", OSError: "file: no space; mend this"}.get(type(mistake), ["0", "1"])
     assert outcomes == [([0], expected), ([], expected), ([2], expected), ([], expected)]
+
+
+def _mistake_of_one_node(rank, folder):
+    """Two nodes of one process each; one has a mistake while the other is at it, or once it waits for it."""
+    os.environ["LOCAL_RANK"] = "0"
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    context = ParallelContext.create(ParallelConfig(), torch.device("cpu"), store)
+    work = threading.Event()
+
+    def prepare():
+        if rank == 0:
+            raise UserError("mend this")
+        work.wait(2)
+
+    began = time.monotonic()
+    with pytest.raises(UserError, match="mend this"):
+        context.on_local_main(prepare, "a name", work.set)
+    return time.monotonic() - began
+
+
+def test_a_mistake_on_a_node_is_told_at_once(tmp_path):
+    told_after = run_distributed(_mistake_of_one_node, 2, tmp_path)
+    assert told_after[0] < 1.5 and told_after[1] >= 2
 
 
 def test_a_single_process_does_it_itself():

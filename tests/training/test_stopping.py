@@ -1,10 +1,14 @@
 """Signals, requests and the time limit: what a rank notes, and what all ranks agree on."""
 
+import functools
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.config import ParallelConfig
 from megatron.core.parallel_state import ParallelContext
 from megatron.training import stopping
 from megatron.training.config import TrainingConfig
@@ -131,6 +136,72 @@ def test_ranks_agree() -> None:
         (Stop.AFTER_STEP, "the disk is slow on rank 0", None),
     ]
     assert run_distributed(answers, 2) == [expected, expected]
+
+
+def interrupt(seconds: float, number: int) -> None:
+    """Send this process a signal after so many seconds."""
+    threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+
+
+@pytest.mark.parametrize("wait", [time.sleep, threading.Event().wait, lambda _: queue.Queue().get()])
+def test_work_is_interrupted_by_a_signal_and_only_work(wait: Callable[[float], Any]) -> None:
+    done = []
+    with StopControl(ALONE, TrainingConfig()) as control:
+        assert control.interruptible(lambda: done.append(1)) and done == [1]
+        interrupt(0.2, signal.SIGTERM)
+        assert not control.interruptible(lambda: wait(60))
+        assert (control.poll(), control.reason) == (Stop.AFTER_STEP, "SIGTERM")
+        assert not control.interruptible(lambda: done.append(2)) and done == [1]
+        control._last_signal = 0
+        deliver(signal.SIGTERM)  # raises nothing here
+        assert control.poll() == Stop.AT_ONCE
+
+
+def test_work_sees_a_keyboard_interrupt_and_its_errors_come_through() -> None:
+    seen = []
+
+    def work() -> None:
+        try:
+            deliver(signal.SIGHUP)
+        except KeyboardInterrupt:
+            seen.append("interrupt")
+            raise
+
+    with StopControl(ALONE, TrainingConfig()) as control:
+        with pytest.raises(ZeroDivisionError):
+            control.interruptible(lambda: 1 / 0)
+        assert not control.interruptible(work) and seen == ["interrupt"]
+
+
+def test_work_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    parent = os.getppid()
+    with StopControl(ALONE, TrainingConfig()) as control:
+        threading.Timer(0.2, monkeypatch.setattr, (os, "getppid", lambda: parent + 1)).start()
+        assert not control.interruptible(lambda: time.sleep(60))
+        assert (control.poll(), control.reason, control.signal_number) == (Stop.AFTER_STEP, "torchrun is gone", None)
+
+
+def interrupted_work(rank: int, folder: Path) -> list[tuple[Any, ...]]:
+    """How three ranks stop when the second has a signal: while the first works, or the first and the third."""
+    told = []
+    for name in ("main", "local"):
+        store = dist.FileStore(str(folder / name), 3)
+        context = ParallelContext.create(ParallelConfig(), torch.device("cpu"), store)
+        os.environ["LOCAL_RANK"] = str(rank % 2)
+        with StopControl(context, TrainingConfig()) as control:
+            work = functools.partial(control.interruptible, lambda: time.sleep(60))
+            if rank == 1:
+                interrupt(0.2, signal.SIGUSR1)
+            wait = context.on_main if name == "main" else context.on_local_main
+            wait(work, "a name", control.tell_others)
+            told.append((control.poll(), control.reason, control.signal_number))
+    return told
+
+
+def test_work_is_interrupted_by_a_signal_to_any_rank(tmp_path: Path) -> None:
+    expected = [(Stop.AFTER_STEP, "SIGUSR1 on rank 1", signal.SIGUSR1)] * 2
+    assert run_distributed(interrupted_work, 3, tmp_path, timeout=40) == [expected] * 3
 
 
 PROGRAM = """

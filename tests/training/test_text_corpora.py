@@ -1,11 +1,22 @@
 """Text given to `--data-path`: the run is that of the dataset that the tool makes of it; mistakes are told."""
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron.core.datasets import corpus_cache, examples
+from megatron.core.parallel_state import ParallelContext
+from megatron.training.arguments import parse_args
+from megatron.training.stopping import StopControl
+from megatron.training.training import pretrain_in
 from tests.corpora import make_byte_dataset, write_prose
+from tests.distributed import run_distributed
 from tests.training.test_pretrain import TINY, launch, rows, run_here
 
 FLAGS = [*TINY, "--tokenizer-type", "ByteTokenizer", "--train-iters", "6"]
@@ -43,3 +54,62 @@ def test_a_tokenizer_is_asked_for(tmp_path: Path):
     corpus = write_prose(tmp_path / "corpus.jsonl")
     result = run_here([*TINY, "--data-path", str(corpus)])
     assert result.returncode == 1 and "is text, which needs a tokenizer; give --tokenizer-type" in result.stderr
+
+
+def texts_of(objective: str, folder: Path) -> list[str]:
+    """Flags of a small text corpus or task."""
+    if objective == "denoising":
+        return ["--data-path", str(write_prose(folder / "corpus.jsonl"))]
+    (folder / "task.jsonl").write_text(json.dumps({"inputs": "question", "targets": "answer"}) + "\n")
+    (folder / "tasks.yaml").write_text("- {name: a, train: task.jsonl}\n")
+    return ["--objective", "text-to-text", "--task-config", str(folder / "tasks.yaml")]
+
+
+def take_for_ever(patch: pytest.MonkeyPatch, signalled: bool) -> None:
+    """Tokenization begins, and does not end; a signal comes meanwhile, or else once this process waits for others."""
+
+    def tokenize(*arguments: object) -> None:
+        if signalled:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(60)
+
+    def wait(control: StopControl) -> None:
+        if not control._signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+        tell_others(control)
+
+    tell_others = StopControl.tell_others
+    patch.setattr(StopControl, "tell_others", wait)
+    patch.setattr(corpus_cache, "preprocess", tokenize)
+    patch.setattr(examples, "_tokenize", tokenize)
+
+
+@pytest.mark.parametrize("objective", ["denoising", "text-to-text"])
+def test_a_signal_interrupts_the_preparation_and_the_same_command_goes_on(objective: str, tmp_path: Path):
+    flags = [*TINY, "--tokenizer-type", "ByteTokenizer", "--train-iters", "1", *texts_of(objective, tmp_path)]
+    save = ["--save", str(tmp_path / "run"), "--eval-iters", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        take_for_ever(patch, signalled=True)
+        for more, status in ((save, 0), ([], 128 + signal.SIGTERM)):
+            result = run_here([*flags, *more])
+            assert (result.returncode, "stopped after step 0: SIGTERM; " in result.stdout) == (status, True)
+    assert not list(tmp_path.glob("*.partial*"))
+    result = run_here([*flags, *save])
+    assert result.returncode == 0 and "done in" in result.stdout
+
+
+def _stopped_status(rank: int, folder: Path, objectives: dict[str, list[str]]) -> list[int]:
+    """Exit status of a rank of runs whose second one gets a signal while the first prepares the data."""
+    statuses = []
+    for name, data in objectives.items():
+        store = torch.distributed.FileStore(str(folder / f"{name}.store"), 2)
+        config = parse_args([*FLAGS, *data]).config
+        with pytest.MonkeyPatch.context() as patch:
+            take_for_ever(patch, signalled=False)
+            statuses.append(pretrain_in(ParallelContext.create(config.parallel, torch.device("cpu"), store), config))
+    return statuses
+
+
+def test_a_signal_to_a_waiting_process_ends_the_preparation_of_another(tmp_path: Path):
+    data = {objective: texts_of(objective, tmp_path) for objective in ("denoising", "text-to-text")}
+    assert run_distributed(_stopped_status, 2, tmp_path, data, timeout=50) == [[128 + signal.SIGTERM] * 2] * 2

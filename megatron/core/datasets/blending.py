@@ -222,7 +222,7 @@ def _hint(key: object, known: Sequence[str]) -> str:
 
 
 def _corpus_of_entry(where: str, entry: Any, file: Path, config: DataConfig, divided: bool) -> CorpusSpec:
-    """The corpus of one entry of the YAML file; its path, unless it is one of the hub, counts from the file's folder."""
+    """The corpus of one entry of the YAML file; its path counts from the file's folder, but for the hub's."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected keys and values such as 'path: books', found {entry!r}")
     for key in entry:

@@ -149,7 +149,7 @@ def _prepare(cache: Path, options: PreprocessConfig, name_now: Callable[[], Path
         options.output_prefix = str(partial / _NAME)
         try:
             _preprocess(options, cast(TextIO, _TrainersLog(log, partial, cache)))
-        except Exception:
+        except BaseException:
             with contextlib.suppress(OSError):
                 partial.rmdir()  # where nothing is left to go on with
             raise

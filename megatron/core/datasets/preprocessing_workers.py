@@ -31,7 +31,8 @@ from megatron.core.errors import UserError
 from megatron.core.tokenizers import Tokenizer, build_tokenizer
 
 MESSAGES_PER_REASON = 3  # of skipped records; the rest is only counted
-SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # those that end a tool (megatron/training/arguments.py)
+# Those that end a tool (megatron/training/arguments.py), and the end of a terminal, which stops a trainer.
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 
 _CHUNKS_PER_WORKER = 3  # under way at a time: one in work, one waiting, one whose result waits for its turn
 _CHUNKS_AHEAD = 2  # that wait between two threads
