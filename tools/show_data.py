@@ -5,7 +5,8 @@ that starts a run shows its data:
 
     python tools/show_data.py --data-path corpus --objective ul2 --histogram data.png
 
-Of large corpora a sample is looked at; time and memory do not grow with them. Exit status: 0 done, 1 an input or flag
+Of large corpora a sample is looked at; time and memory do not grow with them. Text is prepared first, as the run would
+do it, which then finds it done. Exit status: 0 done, 1 an input or flag
 value is wrong, 2 unknown flag, 128 + n stopped by signal n.
 """
 

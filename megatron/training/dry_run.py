@@ -14,10 +14,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 
 import torch
 
-from megatron.core.datasets.denoising import DenoisingPlan
+from megatron.core.config import DataConfig
+from megatron.core.datasets.blending import corpora_of
+from megatron.core.datasets.corpus_cache import is_text
+from megatron.core.datasets.denoising import DenoisingPlan, mode_tokenizer
 from megatron.core.distributed import DataParallel
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_communication import SentBytes, data_bytes, pipeline_bytes, tensor_bytes
@@ -31,7 +35,7 @@ from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import ModelParameter, local_tensor, model_parameters, sharded_axes
 from megatron.core.pipeline_parallel.simulator import TimedAction
 from megatron.core.tensor_parallel import TensorParallel
-from megatron.core.tokenizers import DEFAULT_EXTRA_IDS
+from megatron.core.tokenizers import DEFAULT_EXTRA_IDS, build_tokenizer
 from megatron.training.config import DryRunConfig, RunConfig
 from megatron.training.console import say
 from megatron.training.data import fit_vocabulary, open_data, row_lengths, tokenizer_of_tasks
@@ -266,19 +270,32 @@ def dry_run(config: RunConfig, options: DryRunConfig, vocab_size_given: bool = F
 def _open(config: RunConfig, vocab_size_given: bool) -> tuple[int, int]:
     """Tokens of both rows; gives the model the vocabulary of the data, if there are any.
 
-    Without data, a mode of UL2 counts as one token, and the sentinels are as many as the flags ask for.
+    Text is not prepared; its tokenizer tells all. Without data, a mode of UL2 counts as one token, and the sentinels
+    are as many as the flags ask for.
     """
     data = config.data
     if data.objective == "text-to-text":
         fit_vocabulary(config, tokenizer_of_tasks(config), vocab_size_given)
         return row_lengths(data)
-    if data.data_path or data.train_data_path or data.data_config:
+    asked_for = config.tokenizer.vocab_extra_ids
+    if not (data.data_path or data.train_data_path or data.data_config):
+        plan = DenoisingPlan.build(data, DEFAULT_EXTRA_IDS if asked_for is None else asked_for)
+    elif _has_text(data):
+        tokenizer = build_tokenizer(config.tokenizer)
+        tokenizer = tokenizer if asked_for is None else tokenizer.with_sentinels(asked_for)
+        plan = DenoisingPlan.build(data, len(tokenizer.sentinel_ids), mode_tokenizer(tokenizer))
+        fit_vocabulary(config, tokenizer, vocab_size_given)
+    else:
         opened = open_data(config)
         fit_vocabulary(config, opened.tokenizer, vocab_size_given)
         return opened.train.encoder_length, opened.train.decoder_length
-    asked_for = config.tokenizer.vocab_extra_ids
-    plan = DenoisingPlan.build(data, DEFAULT_EXTRA_IDS if asked_for is None else asked_for)
     return plan.encoder_length, plan.decoder_length
+
+
+def _has_text(data: DataConfig) -> bool:
+    """Whether a corpus is text."""
+    spec = corpora_of(data)
+    return any(is_text(corpus.path) for corpus in (*spec.shared, *chain.from_iterable(spec.by_split.values())))
 
 
 def describe(run: DryRun, ranks: Sequence[DryRank]) -> Iterator[str]:

@@ -172,6 +172,20 @@ def test_vocabulary_is_the_tokenizers_when_data_is_given(byte_dataset: Path) -> 
     )
 
 
+@pytest.mark.parametrize("objective", ["span-corruption", "ul2"])
+def test_text_is_not_prepared_for_it(objective: str, byte_dataset: Path, tmp_path: Path) -> None:
+    flags = [*(flag for flag in SMALL if flag not in ("--vocab-size", "500")), "--dry-run", "--objective", objective]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "words"}\n')
+    (tmp_path / "blend.yaml").write_text(f"corpora: [{{path: {byte_dataset}}}, {{path: corpus.jsonl}}]")
+    sentinels = ["--tokenizer-type", "ByteTokenizer", "--vocab-extra-ids", "128"]
+    expected = run_here([*flags, "--data-path", str(byte_dataset), *sentinels])
+    for data in (["--data-path", str(corpus)], ["--data-config", str(tmp_path / "blend.yaml")]):
+        assert run_here([*flags, *data, *sentinels]).stdout == expected.stdout
+        assert "--tokenizer-model is missing" in run_here([*flags, *data]).stderr
+    assert not list(tmp_path.glob("*.cache*"))
+
+
 def test_flags_of_a_dry_run_need_one() -> None:
     assert run_here([*SMALL, "--dry-run-world-size", "8"]).stderr == (
         "error: --dry-run-world-size needs --dry-run; add it or remove the flag\n"
