@@ -3,8 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
-def map_file(path: str) -> NDArray[np.uint8]:
+def map_file(path: str | bytes) -> NDArray[np.uint8]:
     """The bytes of a file as a read-only memory map, which keeps no file descriptor open.  # [size of the file]
+
+    Args:
+        path: As text in UTF-8, or as the system has it (`os.fsencode`), since not every name is UTF-8.
 
     Raises:
         OSError: it cannot be opened or mapped.

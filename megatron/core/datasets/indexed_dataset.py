@@ -21,6 +21,7 @@ Reference: Megatron-LM, `megatron/core/datasets/indexed_dataset.py`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,7 @@ class IndexedDataset:
 
     def _map_file(self, path: Path) -> npt.NDArray[np.uint8]:
         try:
-            return map_file(str(path))
+            return map_file(os.fsencode(path))
         except FileNotFoundError:
             if path == self._idx_path and self._bin_path.exists():
                 raise UserError(

@@ -192,6 +192,14 @@ def refused(prefix: Path, *expected: str) -> None:
         assert part in message, message
 
 
+def test_names_that_are_not_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff\xfe")
+    folder.mkdir()
+    assert [list(ids) for ids in IndexedDataset(write(folder / "data", [[[1, 2]]]))] == [[1, 2]]
+    with pytest.raises(UserError, match="missing; check the prefix"):
+        IndexedDataset(folder / "none")
+
+
 def test_missing_files(tmp_path: Path) -> None:
     refused(tmp_path / "none", "none.idx is missing", "preprocess")
     prefix = write(tmp_path / "a", DOCUMENTS)
