@@ -16,7 +16,8 @@ def format_duration(seconds: float) -> str:
 def say(message: str, is_main: bool = True) -> None:
     """Print a line at once, on the process that prints."""
     if is_main:
-        print(message, flush=True)
+        # Names of files that are no text are shown as bytes; stderr does so by itself.
+        print(message.encode(errors="backslashreplace").decode(), flush=True)
 
 
 def warn(message: str, is_main: bool = True) -> None:

@@ -39,6 +39,17 @@ def test_two_processes_prepare_it_once_and_train_as_on_the_dataset(tmp_path: Pat
     assert rows(metrics[0]) == pytest.approx(rows(metrics[2]), rel=1e-4)
 
 
+def test_a_dataset_whose_name_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "data").mkdir()
+    make_byte_dataset(write_prose(tmp_path / "data" / "corpus.jsonl"))
+    folder = (tmp_path / "data").rename(tmp_path / os.fsdecode(b"\xff"))
+    flags = [*TINY, "--train-iters", "1", "--eval-iters", "0", "--data-path", str(folder / "bytes")]
+    flags += ["--save", str(folder)]
+    config = parse_args(flags).config
+    assert pretrain_in(ParallelContext(torch.device("cpu")), config) == 0
+    assert f"saved {tmp_path}/\\udcff/iter_0000001" in capsys.readouterr().out
+
+
 def test_a_broken_line_ends_the_run_with_one_line(tmp_path: Path):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"text": "words"}) + "\n{]\n")

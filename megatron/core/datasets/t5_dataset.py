@@ -254,9 +254,11 @@ _ROW, _DATASET, _START, _LENGTH, _DENOISER, _CUT = range(6)  # columns of the ex
 
 def open_sources(parts: Sequence[CorpusRange], special: SpecialTokens) -> helpers.TokenSources:
     """The tokens of the parts for the C++ side."""
+    # Its messages are UTF-8, which not every name of a file is.
+    names = [part.name.encode("utf-8", "backslashreplace").decode() for part in parts]
     return helpers.TokenSources(
         [part.corpus.pieces for part in parts], np.array([part.tokens for part in parts], np.int64),
-        special.vocab_size, [part.name for part in parts],
+        special.vocab_size, names,
     )  # fmt: skip
 
 
