@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import resource
-import struct
 import sys
 import tempfile
 import time
@@ -25,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from report import publish
+from sparse_corpus import samples_of_both_ends, write_sparse_dataset, wrong_samples
 from verify import drop_caches, write_dataset
 
 from megatron.core.config import DataConfig
@@ -36,35 +35,8 @@ from megatron.core.datasets.denoising import DenoisingPlan
 from megatron.core.datasets.t5_dataset import DenoisingDataset, SpecialTokens
 
 SPECIAL = SpecialTokens(32_100, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=tuple(range(32_099, 31_999, -1)))
-DOCUMENT_TOKENS = 1000
 SPLIT = "969,30,1"
 BATCH = 128
-
-
-def ids_at(places: NDArray[np.int64]) -> NDArray[np.uint16]:
-    """The token that the sparse corpus has at each place."""
-    return ((places.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)) % 32_000).astype("<u2")
-
-
-def write_sparse_dataset(prefix: Path, num_documents: int) -> None:
-    """A dataset of `num_documents` documents whose files have holes but for headers and the ends of splits."""
-    num_tokens, size = num_documents * DOCUMENT_TOKENS, num_documents
-    bounds = np.round(np.cumsum([0, 0.969, 0.03, 0.001]) * num_documents).astype(np.int64)
-    with Path(f"{prefix}.idx").open("wb") as file:
-        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, size, size + 1))
-        for bound in bounds.tolist():
-            around = np.arange(max(bound - 2, 0), min(bound + 3, size + 1), dtype=np.int64)
-            sequences = around[around < size]
-            for start, values in (
-                (34 + 4 * int(around[0]), np.full(sequences.size, DOCUMENT_TOKENS, "<i4")),
-                (34 + 4 * size + 8 * int(around[0]), (sequences * DOCUMENT_TOKENS * 2).astype("<i8")),
-                (34 + 12 * size + 8 * int(around[0]), around.astype("<i8")),
-            ):
-                file.seek(start)
-                file.write(values.tobytes())
-        file.truncate(34 + 20 * size + 8)
-    with Path(f"{prefix}.bin").open("wb") as file:
-        file.truncate(2 * num_tokens)
 
 
 def build(prefix: Path, block_windows: int = 1) -> DenoisingDataset:
@@ -81,38 +53,14 @@ def resident_mib() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def samples_of_both_ends(dataset: DenoisingDataset) -> NDArray[np.int64]:
-    """Samples whose windows lie nearest to the ends of the split, found among 10^6, and some others."""
-    ids = np.arange(1_000_000)
-    starts = dataset._examples(ids)[0][:, 2]
-    order = np.argsort(starts)
-    return np.concatenate([order[:BATCH], order[-BATCH:], ids[:BATCH]])
-
-
 def start(connection: Any, prefix: Path) -> None:
     """Open the sparse corpus, make a batch, and check samples, in a process of its own."""
     before, began = resident_mib(), time.perf_counter()
     dataset = build(prefix)
     dataset.batch(np.arange(BATCH))
     seconds, mib = time.perf_counter() - began, resident_mib() - before
-    ids = samples_of_both_ends(dataset)
-    examples = dataset._examples(ids)[0]
-    ring = dataset.parts[0].tokens
-    with Path(f"{prefix}.bin").open("r+b") as file:
-        for first, length in examples[:, 2:4].tolist():
-            places = np.arange(first, first + length)
-            places = np.where(places < ring[1], places, places - ring[1] + ring[0])
-            for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
-                file.seek(2 * int(run[0]))
-                file.write(ids_at(run).tobytes())
-    wrong = 0
-    batch = dataset.batch(ids)
-    for row, (first, length) in enumerate(examples[:, 2:4].tolist()):
-        places = np.arange(first, first + length)
-        expected = ids_at(np.where(places < ring[1], places, places - ring[1] + ring[0])).astype(np.int64)
-        ours = [batch.encoder_input_ids[row, :-1], batch.labels[row, :-1]]
-        found = np.concatenate([side[side < 32_000] for side in ours])
-        wrong += not np.array_equal(np.sort(found), np.sort(expected))
+    ids = np.concatenate([samples_of_both_ends(dataset, BATCH), np.arange(BATCH)])
+    wrong = wrong_samples(dataset, prefix, ids, num_ids=32_000)
     connection.send(
         {
             "name": "start", "tokens": dataset.parts[0].corpus.num_tokens,
