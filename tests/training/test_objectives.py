@@ -137,7 +137,7 @@ def test_the_objective_of_a_checkpoint_is_taken_over(flags: list[str], byte_data
 
 def test_a_dry_run_needs_no_data(byte_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = {
-        "--objective ul2 --vocab-extra-ids 128": "512 + 511",
+        "--objective ul2 --vocab-extra-ids 128": "512 + 512",
         "--objective prefix-lm": "512 + 512",
         "--objective span-corruption --encoder-seq-length 64 --packing segments": "64 + 14",
     }
