@@ -246,8 +246,8 @@ def program(
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         arguments = ["--input", str(source), "--output-prefix", str(folder / "out")]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
+        if done.returncode or not any(path.stat().st_size for path in folder.glob("out*.idx")):
+            raise RuntimeError(f"{name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
     return Contender(name, tokenizer, workers, lambda: run(corpus), lambda: run(line))
 
