@@ -383,6 +383,11 @@ class TokenizerConfig:
         if self.vocab_extra_ids is not None and not 0 <= self.vocab_extra_ids <= 1_000_000:
             raise UserError(f"--vocab-extra-ids is {self.vocab_extra_ids}; it must lie between 0 and 1000000")
 
+    @property
+    def names_tokenizer(self) -> bool:
+        """Whether the flags name a tokenizer."""
+        return bool(self.tokenizer_type or self.tokenizer_model or self.vocab_file)
+
 
 @dataclass(kw_only=True)
 class DataConfig:

@@ -41,3 +41,8 @@ class SaveError(RunError):
     """A checkpoint could not be saved, and `--on-save-error` is `stop`."""
 
     exit_status = 5
+
+
+def one_line(message: object) -> str:
+    """A message, or an error's, without its line breaks."""
+    return " ".join(str(message).split())

@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from megatron.core.errors import UserError
+from megatron.core.errors import UserError, one_line
 
 
 def partial_path(path: Path) -> Path:
@@ -68,6 +68,14 @@ def replace_directory(source: Path, target: Path) -> None:
     fsync_directory(target.parent)
 
 
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
@@ -79,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{path} is not JSON: {one_line(error)[:300]}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object")
     return found

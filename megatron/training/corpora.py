@@ -12,13 +12,13 @@ import numpy as np
 from megatron.core.config import DataConfig, TokenizerConfig
 from megatron.core.datasets.blending import Blend, BlendSpec, CorpusSpec, blend_rates, corpora_of
 from megatron.core.datasets.checksums import combined_crc32
-from megatron.core.datasets.corpus import Corpus, CorpusRange, open_corpus, split_corpus
+from megatron.core.datasets.corpus import SPLITS, Corpus, CorpusRange, open_corpus, split_corpus
 from megatron.core.datasets.corpus_cache import is_text, prepare_text
 from megatron.core.datasets.denoising import DenoisingPlan, mode_tokenizer
 from megatron.core.datasets.indexed_dataset import manifest_path, resolve_prefix
 from megatron.core.datasets.loader import Dataset
 from megatron.core.datasets.packed_documents import PackedDocumentsDataset
-from megatron.core.datasets.t5_dataset import SPLIT_NAMES, DenoisingDataset, SpecialTokens
+from megatron.core.datasets.t5_dataset import DenoisingDataset, SpecialTokens
 from megatron.core.errors import UserError
 from megatron.core.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from megatron.training.config import RunConfig
@@ -93,7 +93,7 @@ def open_corpora(config: RunConfig) -> OpenedCorpora:
 
 
 def _all_specs(spec: BlendSpec) -> list[CorpusSpec]:
-    return [*spec.shared, *(s for name in SPLIT_NAMES for s in spec.by_split.get(name, ()))]
+    return [*spec.shared, *(s for name in SPLITS for s in spec.by_split.get(name, ()))]
 
 
 def _open_all(spec: BlendSpec, config: RunConfig) -> dict[str, Corpus]:
@@ -101,9 +101,10 @@ def _open_all(spec: BlendSpec, config: RunConfig) -> dict[str, Corpus]:
     opened: dict[str, Corpus] = {}
     paths: dict[Path, str] = {}  # by prefix
     specs = _all_specs(spec)
-    tokenizer = _tokenizer_of_flags(config.tokenizer) if any(is_text(corpus.path) for corpus in specs) else None
+    text = {corpus.path for corpus in specs if is_text(corpus.path)}
+    tokenizer = _tokenizer_of_flags(config.tokenizer) if text else None
     for corpus in specs:
-        if is_text(corpus.path):
+        if corpus.path in text:
             prefix = prepare_text(corpus.path, config.tokenizer, config.data, built=tokenizer)
         else:
             prefix = resolve_prefix(corpus.path)
@@ -117,11 +118,7 @@ def _open_all(spec: BlendSpec, config: RunConfig) -> dict[str, Corpus]:
 
 
 def _tokenizer_of_flags(config: TokenizerConfig) -> Tokenizer | None:
-    return build_tokenizer(config) if _names_tokenizer(config) else None
-
-
-def _names_tokenizer(config: TokenizerConfig) -> bool:
-    return bool(config.tokenizer_type or config.tokenizer_model or config.vocab_file)
+    return build_tokenizer(config) if config.names_tokenizer else None
 
 
 def _splits(
@@ -131,7 +128,7 @@ def _splits(
     shortest = 2 if config.packing == "segments" else max(window.raw for window in plan.windows)
     ranges = {s.path: split_corpus(opened[s.path], s.split_weights(config), s.path) for s in spec.shared}
     splits, warnings = {}, []
-    for index, name in enumerate(SPLIT_NAMES):
+    for index, name in enumerate(SPLITS):
         # A corpus whose own shares leave this split nothing is not meant for it.
         divided = [(s, ranges[s.path][name]) for s in spec.shared if s.split_weights(config)[index] > 0]
         parts = divided + [(s, _whole(opened[s.path], s.path)) for s in spec.by_split.get(name, ())]
@@ -254,7 +251,7 @@ def _manifest_entry(corpus: Corpus, *keys: str) -> str:
 
 def resolve_tokenizer(corpus: Corpus, config: TokenizerConfig) -> Tokenizer:
     """The tokenizer of the flags, or else the one that travels with the data; checked against the manifest."""
-    if _names_tokenizer(config):
+    if config.names_tokenizer:
         tokenizer, source = build_tokenizer(config), "the tokenizer of the flags"
     elif corpus.manifest is None:
         raise UserError(

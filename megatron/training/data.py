@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.config import DataConfig
+from megatron.core.datasets.corpus import SPLITS
 from megatron.core.datasets.denoising import DenoisingPlan
 from megatron.core.datasets.loader import Dataset
-from megatron.core.datasets.t5_dataset import SPLIT_NAMES, SpecialTokens
+from megatron.core.datasets.t5_dataset import SpecialTokens
 from megatron.core.datasets.text_to_text import build_text_to_text
 from megatron.core.datasets.text_to_text_tasks import Task
 from megatron.core.dist_checkpointing import published_checkpoints
@@ -77,7 +78,7 @@ def row_lengths(config: DataConfig) -> tuple[int, int]:
 
 def _open_corpora(config: RunConfig) -> TrainingData:
     opened = open_corpora(config)
-    train, valid, test = (opened.datasets[name] for name in SPLIT_NAMES)
+    train, valid, test = (opened.datasets[name] for name in SPLITS)
     assert train is not None
     longest = max(train.encoder_length, train.decoder_length)
     if config.model.position_embedding_type == "learned_absolute" and longest > config.model.max_position_embeddings:
@@ -115,7 +116,7 @@ def prepare_data(config: RunConfig, context: ParallelContext, stop: StopControl)
 def tokenizer_of_tasks(config: RunConfig) -> Tokenizer:
     """The tokenizer of the flags, or else the one of the model that the run starts from."""
     flags, checkpoint = config.tokenizer, config.checkpoint
-    if flags.tokenizer_type or flags.tokenizer_model or flags.vocab_file:
+    if flags.names_tokenizer:
         return build_tokenizer(flags)
     if checkpoint.save is not None and published_checkpoints(Path(checkpoint.save)):
         return load_tokenizer(Path(checkpoint.save, "tokenizer"))

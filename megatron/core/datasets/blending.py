@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
@@ -22,10 +21,10 @@ from numpy.typing import NDArray
 
 from megatron.core.config import DataConfig, flag_name
 from megatron.core.datasets.blending_helpers import BlendOrder
+from megatron.core.datasets.corpus import SPLITS
 from megatron.core.datasets.corpus_sources import HUB_PREFIX
 from megatron.core.errors import UserError
 
-SPLITS = ("train", "valid", "test")
 LEAST_SHARE = Fraction(1, 2**27)  # of a corpus in a blend; finding a sample takes time in proportion to 1 / share
 
 _KEYS = ("path", "weight", "split")
@@ -80,7 +79,7 @@ class CorpusSpec(NamedTuple):
 
     def split_weights(self, config: DataConfig) -> tuple[float, float, float]:
         """Shares of its documents for training, validation and test, summing to 1."""
-        return (config if self.split is None else replace(config, split=self.split)).split_weights()
+        return config.split_weights(self.split)
 
 
 class BlendSpec(NamedTuple):

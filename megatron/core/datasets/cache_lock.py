@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from megatron.core.file_utils import is_at
+
 FIRST_MESSAGE_AFTER_S = 5.0
 SECONDS_BETWEEN_MESSAGES = 60.0
 SECONDS_BETWEEN_LOOKS = 0.5  # at most; at first they follow each other quickly
@@ -37,7 +39,7 @@ def locked(target: Path, log: TextIO | None = None) -> Iterator[bool]:
     while True:
         with path.open("a+") as file:
             held = _wait_for_lock(file, path, log or sys.stderr)
-            if held and not _is_file_at(path, file.fileno()):
+            if held and not is_at(file, path):
                 continue  # whoever had the lock has removed it, and others may have a new one
             if held:
                 file.truncate(0)
@@ -73,11 +75,3 @@ def _wait_for_lock(file: TextIO, path: Path, log: TextIO) -> bool:
             print(f"waiting for {holder}, which makes {path.name.removesuffix('.lock')}", file=log, flush=True)
         time.sleep(pause)
         pause = min(2 * pause, SECONDS_BETWEEN_LOOKS)
-
-
-def _is_file_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file still has this name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

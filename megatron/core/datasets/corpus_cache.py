@@ -75,7 +75,7 @@ def prepare_text(
         UserError: no tokenizer is given, the text is unusable (the message names the line), or the cache cannot be
             written.
     """
-    if not (tokenizer.tokenizer_type or tokenizer.tokenizer_model or tokenizer.vocab_file):
+    if not tokenizer.names_tokenizer:
         raise UserError(
             f"--data-path {path} is text, which needs a tokenizer; give --tokenizer-type and --tokenizer-model (or "
             "--vocab-file); tools/train_tokenizer.py makes one"

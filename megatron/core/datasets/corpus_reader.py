@@ -24,8 +24,8 @@ from megatron.core.datasets.corpus_sources import (
     Source,
     UnreadableError,
     find_sources,
-    one_line,
 )
+from megatron.core.errors import one_line
 
 __all__ = [
     "START",

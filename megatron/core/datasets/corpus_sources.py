@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megatron.core.datasets.indexed_format import manifest_format
-from megatron.core.errors import UserError
+from megatron.core.errors import UserError, one_line
 from megatron.core.tokenizers.base import saved_config
 
 InputFormat = Literal["auto", "jsonl", "text", "parquet", "arrow"]
@@ -213,8 +213,3 @@ def _json_of(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     return found if isinstance(found, dict) else {}
-
-
-def one_line(message: object) -> str:
-    """A message without its line breaks."""
-    return " ".join(str(message).split())

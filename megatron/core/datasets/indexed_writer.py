@@ -31,9 +31,9 @@ from megatron.core.datasets.indexed_format import (
     remove_dataset,
     require_own_manifest,
 )
-from megatron.core.datasets.output_lock import OutputLock, is_at
+from megatron.core.datasets.output_lock import OutputLock
 from megatron.core.errors import UserError
-from megatron.core.file_utils import fsync_directory, partial_path, write_durably
+from megatron.core.file_utils import fsync_directory, is_at, partial_path, write_durably
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from megatron.core.datasets.indexed_format import (
 )
 from megatron.core.datasets.indexed_writer import IndexedDatasetWriter, publish_prepared, remove_partials
 from megatron.core.datasets.output_lock import output_locked
+from megatron.core.datasets.preprocessing_output import manifest_of, tokenizer_directory
 from megatron.core.datasets.preprocessing_workers import signals_wait
 from megatron.core.errors import UserError
 from megatron.core.file_utils import fsync_directory, partial_path, replace_directory, write_durably
@@ -185,7 +185,7 @@ def _check_output(datasets: Sequence[IndexedDataset], names: Sequence[Path], ove
         if is_dataset(name) and not overwrite:
             raise UserError(f"{name} exists; give another --output-prefix, or --overwrite to replace it")
         require_own_manifest(name)
-    require_replaceable(_tokenizer_directory(prefix))
+    require_replaceable(tokenizer_directory(prefix))
 
 
 def _is_shard(prefix: Path, corpus: Path) -> bool:
@@ -199,10 +199,6 @@ def _remove_old(prefix: Path) -> None:
     """Remove the older dataset of this prefix, before its tokenizer goes: no data stands beside one not its own."""
     remove_dataset(prefix)
     fsync_directory(prefix.parent)
-
-
-def _tokenizer_directory(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + "_tokenizer")
 
 
 @contextmanager
@@ -226,23 +222,16 @@ def _tokenizer_prepared(dataset: IndexedDataset, prefix: Path) -> Iterator[dict[
             f"{dataset.prefix.parent / name} is not the tokenizer that {manifest_path(dataset.prefix)} describes; "
             "copy it again"
         )
-    partial = partial_path(_tokenizer_directory(prefix))
+    partial = partial_path(tokenizer_directory(prefix))
     try:
         tokenizer.save(partial)
-        yield {
-            "tokenizer": recorded,
-            "tokenizer_directory": _tokenizer_directory(prefix).name,
-            "tokenizer_files": {
-                path.name: {"bytes": path.stat().st_size, "crc32": zlib.crc32(path.read_bytes())}
-                for path in sorted(partial.iterdir())
-            },
-        }
+        yield manifest_of(prefix, {"tokenizer": recorded})
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is there once it is published
 
 
 def _publish_tokenizer(prefix: Path) -> None:
-    directory = _tokenizer_directory(prefix)
+    directory = tokenizer_directory(prefix)
     if partial_path(directory).exists():
         replace_directory(partial_path(directory), directory)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron.core.errors import UserError
+from megatron.core.file_utils import is_at
 
 _SHARD = re.compile(r"-\d{5}$")  # what `shard_prefix` appends
 
@@ -88,11 +89,3 @@ def open_locked(path: Path) -> BinaryIO:
         file.close()
         raise
     return file
-
-
-def is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether an open file still has this name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

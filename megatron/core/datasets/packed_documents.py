@@ -36,11 +36,10 @@ from megatron.core.datasets.corpus import CorpusRange
 from megatron.core.datasets.denoising import DenoisingPlan
 from megatron.core.datasets.t5_dataset import (
     Batch,
+    RowFiller,
     SpecialTokens,
     dataset_key,
     denoisers_for,
-    exceeds_memory,
-    open_sources,
 )
 from megatron.core.errors import UserError
 
@@ -425,10 +424,7 @@ class PackedDocumentsDataset:
                     f"{part.name} has no {name} document of 2 tokens or more; use more text or another --split"
                 )
             self._rows.append(rows)
-        self._sources = open_sources(parts, special)
-        self._reads_disk = exceeds_memory(parts)
-        if self._reads_disk:
-            self._sources.expect_random_reads()
+        self._filler = RowFiller(parts, plan, special, self._denoisers)
         self.left_out = sum(rows.left_out for rows in self._rows)
         self.windows_per_epoch = sum(rows.rows_per_epoch for rows in self._rows)
         # Of a blend, a part has its share of the rows.
@@ -444,25 +440,11 @@ class PackedDocumentsDataset:
         Raises:
             UserError: A corpus has a token id outside the vocabulary.
         """
-        count = len(sample_ids)
         numbers, keys = [np.zeros((0, 6), np.int64)], [np.zeros(0, np.uint64)]
         for part, found in self._found(sample_ids):
             numbers.append(np.column_stack([found.places, np.full(found.places.size, part), *found.examples]))
             keys.append(found.keys)
-
-        def rows_of(columns: int) -> NDArray[np.int32]:
-            return np.empty((count, columns), np.int32)
-
-        encoder, decoder = self.encoder_length, self.decoder_length
-        batch = Batch(rows_of(encoder), rows_of(decoder), rows_of(decoder), rows_of(encoder), rows_of(decoder))
-        examples = np.concatenate(numbers)
-        if self._reads_disk:
-            self._sources.will_need(examples)
-        try:
-            helpers.fill_rows(self._sources, examples, np.concatenate(keys), self._denoisers, *batch)
-        except helpers.TokenOutOfVocabularyError as error:
-            raise UserError(f"{error}; use the tokenizer that the corpus was preprocessed with") from None
-        return batch
+        return self._filler.rows(len(sample_ids), np.concatenate(numbers), np.concatenate(keys), with_segments=True)
 
     def row_kinds(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:
         """Denoiser of segment s + 1 of each row of these ids, -1 where there is none.  # [b, most segments]"""

@@ -12,7 +12,6 @@ import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from megatron.core.datasets.output_lock import journal_path, open_locked
@@ -24,7 +23,7 @@ PUBLISHING = "publishing"
 
 
 class Journal:
-    """Use it as a context manager; it keeps the files locked until its end.
+    """Keeps the files locked until `close`.
 
     Attributes:
         state: The last piece's entries; None: there is none.
@@ -75,14 +74,6 @@ class Journal:
         for each in self._files:
             each.truncate(0)
         self._append(run)
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def add(self, state: dict[str, Any]) -> None:
         """Note a piece that is on the disk, durably."""

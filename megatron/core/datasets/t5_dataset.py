@@ -35,8 +35,6 @@ IGNORED_LABEL = -100
 PADDING_SAMPLE = -1
 """Sample id of a row without data."""
 
-SPLIT_NAMES = ("train", "valid", "test")
-
 
 class Batch(NamedTuple):
     """Rows for the model."""
@@ -162,13 +160,9 @@ class DenoisingDataset:
         full = plan.windows[0].inputs == self.encoder_length and len({window.inputs for window in plan.windows}) == 1
         varies = any(denoiser.noise_density is None for denoiser in plan.denoisers)
         self._has_segments = varies or not full
-        self._sources = open_sources(parts, special)
-        # From the disk, a batch's windows are asked for together, and in blocks where that is wanted.
         self._whole_blocks = block_windows > 1
-        self._reads_disk = self._whole_blocks or exceeds_memory(parts)
-        if self._reads_disk:
-            self._sources.expect_random_reads()
         self._denoisers = denoisers_for(plan, special)
+        self._filler = RowFiller(parts, plan, special, self._denoisers, reads_ahead=self._whole_blocks)
         self._layouts = helpers.WindowLayouts(
             ranges, np.array(keys, np.uint64), np.array([window.raw for window in plan.windows], np.int64),
             plan.mixture.fractions, plan.mixture.children, block_windows,
@@ -186,24 +180,10 @@ class DenoisingDataset:
         Raises:
             UserError: A corpus has a token id outside the vocabulary.
         """
-        examples, keys = self._examples(sample_ids)
-        if self._reads_disk:
-            read = self._layouts.examples(*self._draws(sample_ids), True)[0] if self._whole_blocks else examples
-            self._sources.will_need(read)
-        encoder_shape = len(sample_ids), self.encoder_length
-        decoder_shape = len(sample_ids), self.decoder_length
-        batch = Batch(
-            np.empty(encoder_shape, np.int32),
-            np.empty(decoder_shape, np.int32),
-            np.empty(decoder_shape, np.int32),
-            np.empty(encoder_shape, np.int32) if self._has_segments else None,
-            np.empty(decoder_shape, np.int32) if self._has_segments else None,
-        )
-        try:
-            helpers.fill_rows(self._sources, examples, keys, self._denoisers, *batch)
-        except helpers.TokenOutOfVocabularyError as error:
-            raise UserError(f"{error}; use the tokenizer that the corpus was preprocessed with") from None
-        return batch
+        datasets, draws = self._draws(sample_ids)
+        read = self._layouts.examples(datasets, draws, True)[0] if self._whole_blocks else None
+        examples, keys = self._examples_of(datasets, draws)
+        return self._filler.rows(len(sample_ids), examples, keys, with_segments=self._has_segments, read=read)
 
     def row_kinds(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:
         """Denoiser of each window of the rows, an index into `kinds`; -1: none.  # [b, 1], of pairs [b, 2]"""
@@ -220,7 +200,7 @@ class DenoisingDataset:
     def tokens_of(self, sample_id: int) -> list[NDArray[np.int32]]:
         """The raw tokens of each window of a sample."""
         examples, _ = self._examples(np.array([sample_id], np.int64))
-        return [self._sources.read(*map(int, example[_DATASET : _LENGTH + 1])) for example in examples]
+        return [self._filler.sources.read(*map(int, example[_DATASET : _LENGTH + 1])) for example in examples]
 
     def _draws(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Part and draw of each window of these samples; of pairs, two for each sample."""
@@ -238,7 +218,12 @@ class DenoisingDataset:
 
     def _examples(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """The windows of these samples, as `helpers.fill_rows` takes them, and their keys.  # [m, 6], [m]"""
-        examples, keys = self._layouts.examples(*self._draws(sample_ids))
+        return self._examples_of(*self._draws(sample_ids))
+
+    def _examples_of(
+        self, datasets: NDArray[np.int32], draws: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        examples, keys = self._layouts.examples(datasets, draws)
         if not self.plan.paired:
             return examples, keys
         examples[:, _ROW] //= 2
@@ -252,14 +237,78 @@ class DenoisingDataset:
 _ROW, _DATASET, _START, _LENGTH, _DENOISER, _CUT = range(6)  # columns of the examples of `helpers.fill_rows`
 
 
-def open_sources(parts: Sequence[CorpusRange], special: SpecialTokens) -> helpers.TokenSources:
-    """The tokens of the parts for the C++ side."""
-    # Its messages are UTF-8, which not every name of a file is.
-    names = [part.name.encode("utf-8", "backslashreplace").decode() for part in parts]
-    return helpers.TokenSources(
-        [part.corpus.pieces for part in parts], np.array([part.tokens for part in parts], np.int64),
-        special.vocab_size, names,
-    )  # fmt: skip
+class RowFiller:
+    """Makes rows of examples, and reads their tokens: what windows and documents have in common.
+
+    Attributes:
+        sources: The tokens of the parts.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[CorpusRange],
+        plan: DenoisingPlan,
+        special: SpecialTokens,
+        denoisers: helpers.Denoisers,
+        reads_ahead: bool = False,
+    ) -> None:
+        """Read no token.
+
+        Args:
+            parts: What examples are made of.
+            plan: Lengths of the rows.
+            special: Ids of the vocabulary.
+            denoisers: Those of the plan.
+            reads_ahead: Ask the disk for the tokens of a batch together, and for nothing around them; so it is, too,
+                where the corpora exceed memory.
+        """
+        # Messages of the C++ side are UTF-8, which not every name of a file is.
+        names = [part.name.encode("utf-8", "backslashreplace").decode() for part in parts]
+        self.sources = helpers.TokenSources(
+            [part.corpus.pieces for part in parts], np.array([part.tokens for part in parts], np.int64),
+            special.vocab_size, names,
+        )  # fmt: skip
+        self._plan, self._denoisers = plan, denoisers
+        self._reads_ahead = reads_ahead or exceeds_memory(parts)
+        if self._reads_ahead:
+            self.sources.expect_random_reads()
+
+    def rows(
+        self,
+        count: int,
+        examples: NDArray[np.int64],
+        keys: NDArray[np.uint64],
+        *,
+        with_segments: bool,
+        read: NDArray[np.int64] | None = None,
+    ) -> Batch:
+        """Rows of these examples; a row without any is padding.
+
+        Args:
+            count: How many rows.
+            examples: As `helpers.fill_rows` takes them.  # [m, 6]
+            keys: Of their masks.  # [m]
+            with_segments: Give segment ids.
+            read: What to ask the disk for; None: the examples.  # [m, 6]
+
+        Raises:
+            UserError: A corpus has a token id outside the vocabulary.
+        """
+        if self._reads_ahead:
+            self.sources.will_need(examples if read is None else read)
+        encoder, decoder = (count, self._plan.encoder_length), (count, self._plan.decoder_length)
+        batch = Batch(
+            np.empty(encoder, np.int32),
+            np.empty(decoder, np.int32),
+            np.empty(decoder, np.int32),
+            np.empty(encoder, np.int32) if with_segments else None,
+            np.empty(decoder, np.int32) if with_segments else None,
+        )
+        try:
+            helpers.fill_rows(self.sources, examples, keys, self._denoisers, *batch)
+        except helpers.TokenOutOfVocabularyError as error:
+            raise UserError(f"{error}; use the tokenizer that the corpus was preprocessed with") from None
+        return batch
 
 
 def exceeds_memory(parts: Sequence[CorpusRange]) -> bool:

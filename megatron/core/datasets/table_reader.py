@@ -18,9 +18,8 @@ from megatron.core.datasets.corpus_sources import (
     Record,
     Source,
     UnreadableError,
-    one_line,
 )
-from megatron.core.errors import UserError
+from megatron.core.errors import UserError, one_line
 
 _MAX_ROWS = 65536
 _FILE_MAGIC = b"ARROW1"  # of Arrow files that list their batches; those without are streams

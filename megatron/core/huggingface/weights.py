@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.dist_checkpointing.safetensors_file import SafetensorsFile, TensorKind
-from megatron.core.errors import UserError
+from megatron.core.errors import UserError, one_line
 from megatron.core.file_utils import read_json
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,7 +41,7 @@ class PickledFile:
                 f"{path} holds more than tensors, which could run anything; use one in safetensors"
             ) from None
         except (RuntimeError, EOFError, KeyError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: {_one_line(error)}; use another copy of it") from None
+            raise UserError(f"{path} is damaged: {one_line(error)[:300]}; use another copy of it") from None
         if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
             raise UserError(f"{path} is no table of tensors by name; use the file that save_pretrained wrote")
         self._tensors = {str(name): tensor for name, tensor in found.items()}
@@ -118,7 +118,3 @@ def weights_name(directory: Path) -> str | None:
 def _is_bare(name: object, suffix: str) -> bool:
     """Whether `name` is that of a file beside the index: an index cannot point elsewhere."""
     return isinstance(name, str) and Path(name).name == name and name.endswith(suffix)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.core.errors import UserError
+from megatron.core.errors import UserError, one_line
 from megatron.core.file_utils import fsync_directory, make_directory, partial_path, replace_directory, write_durably
 
 CONFIG_NAME = "tokenizer_config.json"
@@ -300,11 +300,6 @@ def read_model_file(path: str | Path, flag: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without its line breaks."""
-    return " ".join(str(error).split())
 
 
 def import_tokenizers() -> Any:

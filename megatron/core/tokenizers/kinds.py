@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.core.errors import UserError
+from megatron.core.errors import UserError, one_line
 from megatron.core.tokenizers.base import (
     DEFAULT_EXTRA_IDS,
     Spelling,
@@ -17,7 +17,6 @@ from megatron.core.tokenizers.base import (
     choose_sentinels,
     descending,
     import_tokenizers,
-    one_line,
     own_sentinels,
     read_model_file,
 )
