@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron.core.config import DataConfig, TokenizerConfig
-from megatron.core.datasets.blending import Blend, BlendSpec, CorpusSpec, blend_rates, corpora_of
+from megatron.core.datasets.blending import Blend, BlendSpec, blend_rates, corpora_of
 from megatron.core.datasets.checksums import combined_crc32
 from megatron.core.datasets.corpus import SPLITS, Corpus, CorpusRange, open_corpus, split_corpus
 from megatron.core.datasets.corpus_cache import is_text, prepare_text
@@ -54,7 +54,7 @@ class OpenedCorpora(NamedTuple):
 
 def prepare_texts(config: RunConfig) -> None:
     """Tokenize the corpora that are text, unless that was done before."""
-    paths = [spec.path for spec in _all_specs(corpora_of(config.data)) if is_text(spec.path)]
+    paths = [spec.path for spec in corpora_of(config.data).corpora if is_text(spec.path)]
     tokenizer = _tokenizer_of_flags(config.tokenizer) if paths else None
     for path in paths:
         prepare_text(path, config.tokenizer, config.data, built=tokenizer)
@@ -92,18 +92,13 @@ def open_corpora(config: RunConfig) -> OpenedCorpora:
     return OpenedCorpora(tokenizer, datasets, [part.name for part in train.parts], fingerprint, warnings)
 
 
-def _all_specs(spec: BlendSpec) -> list[CorpusSpec]:
-    return [*spec.shared, *(s for name in SPLITS for s in spec.by_split.get(name, ()))]
-
-
 def _open_all(spec: BlendSpec, config: RunConfig) -> dict[str, Corpus]:
     """Every corpus, by the path that the user gave."""
     opened: dict[str, Corpus] = {}
     paths: dict[Path, str] = {}  # by prefix
-    specs = _all_specs(spec)
-    text = {corpus.path for corpus in specs if is_text(corpus.path)}
+    text = {corpus.path for corpus in spec.corpora if is_text(corpus.path)}
     tokenizer = _tokenizer_of_flags(config.tokenizer) if text else None
-    for corpus in specs:
+    for corpus in spec.corpora:
         if corpus.path in text:
             prefix = prepare_text(corpus.path, config.tokenizer, config.data, built=tokenizer)
         else:

@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from itertools import chain
 
 import torch
 
@@ -294,8 +293,7 @@ def _open(config: RunConfig, vocab_size_given: bool) -> tuple[int, int]:
 
 def _has_text(data: DataConfig) -> bool:
     """Whether a corpus is text."""
-    spec = corpora_of(data)
-    return any(is_text(corpus.path) for corpus in (*spec.shared, *chain.from_iterable(spec.by_split.values())))
+    return any(is_text(corpus.path) for corpus in corpora_of(data).corpora)
 
 
 def describe(run: DryRun, ranks: Sequence[DryRank]) -> Iterator[str]:

@@ -90,6 +90,11 @@ class BlendSpec(NamedTuple):
     by_split: dict[str, list[CorpusSpec]]
     """Corpora of which all documents are for one of "train", "valid" and "test"."""
 
+    @property
+    def corpora(self) -> list[CorpusSpec]:
+        """All corpora, those of several splits as often."""
+        return [*self.shared, *(corpus for split in SPLITS for corpus in self.by_split.get(split, ()))]
+
     def of_split(self, split: str) -> list[CorpusSpec]:
         """All corpora of one of "train", "valid" and "test", in the order of the blend."""
         return self.shared + self.by_split.get(split, [])
