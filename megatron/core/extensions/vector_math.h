@@ -1,0 +1,74 @@
+// Arithmetic for loops that the compiler turns into vector instructions: bf16 as it lies in memory, the exponential.
+//
+// Everything here is branch-free and inline, so that a plain loop over it vectorises at whatever width the processor
+// has (see MULTIVERSIONED). Arithmetic is fp32 for bf16 data too; results are rounded once, when they are stored.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// A function is compiled for several instruction sets and the best one is chosen when the library is loaded.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define MULTIVERSIONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MULTIVERSIONED
+#endif
+
+namespace megatron {
+
+struct bfloat16 {
+    std::uint16_t bits;
+};
+
+inline float bits_to_float(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+inline std::uint32_t float_to_bits(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
+
+inline float load(const float* address) { return *address; }
+inline float load(const bfloat16* address) { return bits_to_float(static_cast<std::uint32_t>(address->bits) << 16); }
+
+inline void store(float* address, float value) { *address = value; }
+
+// To the nearest bf16, ties to even; a NaN stays one.
+inline void store(bfloat16* address, float value) {
+    const std::uint32_t bits = float_to_bits(value);
+    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const std::uint32_t quiet = (bits >> 16) | 0x40u;
+    address->bits = static_cast<std::uint16_t>(value != value ? quiet : rounded);
+}
+
+// exp(x) to about 2 units in the last place; 0 below -87.3, infinity above 88.7, NaN for NaN.
+inline float exponential(float x) {
+    constexpr float log2_e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+    constexpr float round_shift = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+    const float clamped = x < -87.3f ? -87.3f : (x > 88.72f ? 88.72f : x);
+    const float shifted = clamped * log2_e + round_shift;
+    const float n = shifted - round_shift;
+    const float r = (clamped - n * ln2_high) - n * ln2_low;
+    // Taylor series of exp(r), |r| <= ln(2) / 2, coefficients economised (Cephes, Moshier).
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // 2^n in two factors, since n reaches 128.
+    const std::int32_t exponent = static_cast<std::int32_t>(n);
+    const std::int32_t half = exponent >> 1;
+    const float scale = bits_to_float(static_cast<std::uint32_t>(half + 127) << 23);
+    const float rest = bits_to_float(static_cast<std::uint32_t>(exponent - half + 127) << 23);
+    const float value = p * scale * rest;
+    const float bounded = x < -87.3f ? 0.0f : (x > 88.72f ? bits_to_float(0x7f800000u) : value);
+    return x != x ? x : bounded;
+}
+
+}  // namespace megatron
