@@ -15,7 +15,7 @@ prepare_environment() {
     source "$root/.venv/bin/activate"
     stamp="$root/.venv/.installed-$extras"
     wanted=$(cat "$root/setup.py" "$root/pyproject.toml" "$root/tools/constraints.txt" \
-                 "$root/tools/transformers4.txt" "$root"/megatron/core/datasets/*.cpp "$root"/megatron/core/datasets/*.h | cksum)
+                 "$root/tools/transformers4.txt" "$root"/megatron/core/{datasets,extensions}/*.{cpp,h} | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         echo "[setup] .venv is up to date"
         return 0
