@@ -209,9 +209,9 @@ class ComputeConfig:
     """Compute in float16 with a dynamic loss scale, an fp32 residual stream, master weights and loss."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Implementation of the layers."""
-    attention_backend: Literal["auto", "sdpa", "unfused"] = "auto"
-    """auto: torch's scaled_dot_product_attention, but plain matrix products for training on CPUs, where they are
-    faster."""
+    attention_backend: Literal["auto", "cpu", "sdpa", "unfused"] = "auto"
+    """cpu: the C++ operator for CPUs, with the position bias as a vector; sdpa: torch's scaled_dot_product_attention;
+    unfused: plain matrix products. auto: cpu where it computes (fp32 and bf16 on CPUs), else sdpa."""
     compile: bool = False
     """Compile each layer with torch.compile: slower to start, faster to run."""
     recompute_granularity: Literal["full", "selective"] | None = None

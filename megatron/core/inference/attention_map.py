@@ -20,6 +20,7 @@ from megatron.core.inference.text_model import TextModel
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.tokenizers import Tokenizer
 from megatron.core.transformer.attention import CrossAttention
+from megatron.core.transformer.attention_bias import ScoreBias
 
 TEMPLATE = Path(__file__).with_name("attention_map.html")
 LEVELS = 2**16 - 1  # what a probability of 1 is stored as
@@ -65,8 +66,9 @@ def cross_attention(
         )
     layers: list[Tensor] = []
 
-    def keep(attention: CrossAttention, inputs: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        hidden, encoder_output, bias = inputs
+    def keep(attention: CrossAttention, inputs: tuple[Tensor, Tensor, ScoreBias]) -> None:
+        hidden, encoder_output, score_bias = inputs
+        bias = score_bias.dense(torch.float32, hidden.device)
         key, _ = attention.keys_values(encoder_output)
         query = attention.q(hidden).view(*hidden.shape[:2], *key.shape[2:])
         scores = torch.einsum("btnd,bsnd->bnts", query.float() * attention.scale, key.float())

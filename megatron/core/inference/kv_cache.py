@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_model import T5Model
-from megatron.core.transformer.attention_bias import masked_bias, masked_score, visible_keys
+from megatron.core.transformer.attention_bias import ScoreBias, additive_mask, masked_score, visible_keys
 from megatron.core.transformer.rotary import RotaryAngles
 from megatron.core.transformer.transformer_layer import DecoderLayer
 
@@ -32,7 +32,7 @@ class DecoderState:
         ancestors: `[b, m, t]`: at each position decoded so far, which of the prompt's rows a row descends from.
         keys_values: `[layers, 2, b, n, t * m, d]`.
         cross_keys_values: Of each layer, two of `[b, s, n, d]`.
-        cross_bias: `[b, 1, 1, s]`, or None when there is no padding.
+        cross_bias: Hides the encoder's padding.
         position_biases: `[layers or 1, n, 1, t * m]`, the bias of the last position to all of them, or None.
         rotary: Angles of all positions, or None.
     """
@@ -41,7 +41,7 @@ class DecoderState:
     ancestors: Tensor
     keys_values: Tensor
     cross_keys_values: list[tuple[Tensor, Tensor]]
-    cross_bias: Tensor | None
+    cross_bias: ScoreBias
     position_biases: Tensor | None
     rotary: RotaryAngles | None
 
@@ -76,7 +76,9 @@ class DecoderState:
             ancestors=torch.zeros(batch, beams, max_length, dtype=torch.long, device=device),
             keys_values=torch.empty(len(layers), 2, *slots, dtype=dtype, device=device),
             cross_keys_values=[_cross_keys_values(layer, encoder_output) for layer in layers],
-            cross_bias=masked_bias(None, visible_keys(None, None, encoder_mask), dtype),
+            cross_bias=ScoreBias(
+                beams, encoder_output.shape[1], mask=additive_mask(visible_keys(None, None, encoder_mask), dtype)
+            ),
             position_biases=_position_biases(model, max_length, beams, dtype),
             rotary=model.decoder.rotary(max_length, device, dtype),
         )
@@ -85,7 +87,7 @@ class DecoderState:
         """Let row i of a prompt go on from where its row `parents[:, i]` is; `parents` is `[b, m]`."""
         self.ancestors = self.ancestors.gather(1, parents[:, :, None].expand_as(self.ancestors))
 
-    def biases(self) -> list[Tensor | None]:
+    def biases(self) -> list[ScoreBias]:
         """What each layer adds to its scores at this position: bias of positions, mask of other rows' slots."""
         batch, beams, _ = self.ancestors.shape
         count, slots = len(self.keys_values), (self.position + 1) * beams
@@ -100,8 +102,8 @@ class DecoderState:
             mask = mask.masked_fill_(~visible, masked_score(dtype)).view(batch, 1, beams, slots)
             bias = mask[None] if bias is None else bias + mask
         if bias is None:
-            return [None] * count
-        return list(bias.expand(count, *bias.shape[1:]).unbind())
+            return [ScoreBias(beams, slots)] * count
+        return [ScoreBias(beams, slots, mask=mask) for mask in bias.expand(count, *bias.shape[1:]).unbind()]
 
 
 def decode_step(model: T5Model, state: DecoderState, tokens: Tensor) -> Tensor:

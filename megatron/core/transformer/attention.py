@@ -11,6 +11,7 @@ and a split of dimension 0 gives each rank its heads.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,37 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.errors import UserError
+from megatron.core.extensions import cpu_attention
 from megatron.core.tensor_parallel import ColumnParallelLinear, Linear, RowParallelLinear, TensorParallel
+from megatron.core.transformer.attention_bias import ScoreBias
 from megatron.core.transformer.initialization import matrix_init, residual_output_init
 from megatron.core.transformer.precision import residual_dtype
 from megatron.core.transformer.rotary import RotaryAngles, apply_rotary
 
 # cuDNN's backward gives NaN gradients for unscaled scores with a bias at some lengths (pytorch issue 196678).
 CUDA_SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+Backend: TypeAlias = Literal["cpu", "sdpa", "unfused"]
+
+
+def choose_backend(given: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that `--attention-backend` means for activations of this device and dtype.
+
+    Raises:
+        UserError: `cpu` was given for something else than fp32 or bf16 on a CPU.
+    """
+    supported = cpu_attention.supports(device, dtype)
+    if given == "auto":
+        if supported:
+            return "cpu"
+        # On CPUs, torch's kernel gains less than its backward pass loses.
+        return "unfused" if device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
+    if given == "cpu" and not supported:
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"--attention-backend cpu computes in fp32 and bf16 on CPUs, not {name} on {device}; use auto")
+    return cast(Backend, given)
 
 
 def unfused_attention(
@@ -85,20 +110,35 @@ class Attention(nn.Module):
             output_dtype=residual_dtype(compute),
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """`query` `[b, q, n, d]`, `key`, `value` `[b, k, n, d]`, `bias` broadcast to `[b, n, q, k]`: `[b, q', h]`."""
-        unfused = self.backend == "unfused"
-        if self.backend == "auto":  # on CPUs, torch's kernel gains less than its backward pass loses
-            unfused = torch.is_grad_enabled() and not query.is_cuda
-        attention = unfused_attention if unfused else sdpa_attention
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: ScoreBias) -> Tensor:
+        """`query` `[b, q, n, d]`, `key`, `value` `[b, k, n, d]`, `bias` of scores `[b, n, q, k]`: `[b, q', h]`."""
         dropout = self.dropout if self.training else 0.0
-        inputs = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, self.scale, dropout)
+        backend = choose_backend(self.backend, query.device, query.dtype)
         with self.tensor_parallel.split_dropout() if dropout else nullcontext():
-            if self.recompute and torch.is_grad_enabled():
-                context = checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
+            if backend == "cpu":
+                context = self._attend_on_cpu(query, key, value, bias, dropout)
             else:
-                context = attention(*inputs)
-        return self.o(context.transpose(1, 2).flatten(2))  # [b, n, q, d] -> [b, q, n d] -> [b, q', h]
+                context = self._attend(backend, query, key, value, bias, dropout)
+        return self.o(context.flatten(2))  # [b, q, n, d] -> [b, q, n d] -> [b, q', h]
+
+    def _attend_on_cpu(self, query: Tensor, key: Tensor, value: Tensor, bias: ScoreBias, dropout: float) -> Tensor:
+        diagonals = None if bias.diagonals is None else bias.diagonals.float()
+        return cpu_attention.attention(
+            query, key, value, diagonals, bias.mask,
+            causal=bias.causal, scale=self.scale, dropout=dropout, recompute=self.recompute,
+        )  # fmt: skip
+
+    def _attend(
+        self, backend: Backend, query: Tensor, key: Tensor, value: Tensor, bias: ScoreBias, dropout: float
+    ) -> Tensor:
+        attention = unfused_attention if backend == "unfused" else sdpa_attention
+        matrix = bias.dense(query.dtype, query.device)
+        inputs = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), matrix, self.scale, dropout)
+        if self.recompute and torch.is_grad_enabled():
+            context = checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
+        else:
+            context = attention(*inputs)
+        return context.transpose(1, 2)
 
 
 def _projection(
@@ -131,8 +171,8 @@ class _SelfAttention(Attention):
         super().__init__(config, compute, num_layers, tensor_parallel)
         self.qkv = _projection(config, ("q", "k", "v"), tensor_parallel, ColumnParallelLinear)
 
-    def forward(self, hidden: Tensor, bias: Tensor | None, rotary: RotaryAngles | None) -> Tensor:
-        """`hidden` `[b, s', h]` to `[b, s', h]`; `bias` is added to the scores and carries every mask."""
+    def forward(self, hidden: Tensor, bias: ScoreBias, rotary: RotaryAngles | None) -> Tensor:
+        """`hidden` `[b, s', h]` to `[b, s', h]`; `bias` carries every mask."""
         fused = self.qkv(hidden).unflatten(-1, (self.num_heads, 3, self.head_dim))  # [b, s, n, 3, d]
         query, key, value = fused.unbind(-2)
         if rotary is not None:
@@ -148,7 +188,7 @@ class DecoderSelfAttention(_SelfAttention):
     """Causal self-attention; the causal mask is part of the bias."""
 
     def step(
-        self, hidden: Tensor, cache: Tensor, position: int, bias: Tensor | None, rotary: RotaryAngles | None
+        self, hidden: Tensor, cache: Tensor, position: int, bias: ScoreBias, rotary: RotaryAngles | None
     ) -> Tensor:
         """Attention of one position to itself and those before: `hidden` `[b, m, h]`, m beams of a row, to the same.
 
@@ -156,7 +196,7 @@ class DecoderSelfAttention(_SelfAttention):
             hidden: Beams of a row in place of positions.
             cache: Keys and values `[2, b, n, slots, d]`, slot `position * m + beam`; this position's are written.
             position: Number of positions before.
-            bias: Broadcasts to `[b, n, m, slots so far]` and hides what belongs to other beams.
+            bias: Of scores `[b, n, m, slots so far]`; hides what belongs to other beams.
             rotary: Angles of this position alone.
         """
         batch, beams, _ = hidden.shape
@@ -180,7 +220,7 @@ class CrossAttention(Attention):
         # The stack has brought the encoder output to the ranks, once for all layers (`TensorParallel.enter`).
         self.kv = _projection(config, ("k", "v"), tensor_parallel, Linear)
 
-    def forward(self, hidden: Tensor, encoder_output: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, encoder_output: Tensor, bias: ScoreBias) -> Tensor:
         """`hidden` `[b, t', h]` and `encoder_output` `[b, s, h]`, whole on every rank, to `[b, t', h]`."""
         return self.attend_to(hidden, *self.keys_values(encoder_output), bias)
 
@@ -189,7 +229,7 @@ class CrossAttention(Attention):
         fused = self.kv(encoder_output).unflatten(-1, (self.num_heads, 2, self.head_dim))  # [b, s, n, 2, d]
         return fused.unbind(-2)
 
-    def attend_to(self, hidden: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    def attend_to(self, hidden: Tensor, key: Tensor, value: Tensor, bias: ScoreBias) -> Tensor:
         """`hidden` `[b, t', h]` to `[b, t', h]` with the results of `keys_values`."""
         query = self.q(hidden).unflatten(-1, (self.num_heads, self.head_dim))  # [b, t, n, d]
         return self.attend(query, key, value, bias)

@@ -1,10 +1,12 @@
-"""Masks of attention, as one additive bias for all layers of a stack.
+"""What is added to attention scores: masks and the relative position bias, for all layers of a stack.
 
 Shapes: b batch, n heads, q query length, k key length. Segment ids number the documents packed into a row from 1; 0 is
 padding. A query sees the keys of its own segment; what padding sees matters to nobody.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,19 +66,49 @@ def visible_keys(
     return None if key_mask is None else key_mask[:, None, None, :]
 
 
-def causal_bias(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Additive bias `[1, 1, length, length]` that hides the keys after each query."""
-    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(hidden, masked_score(dtype))[None, None]
-
-
-def masked_bias(bias: Tensor | None, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`bias` `[1, 1 or n, q, k]` with `masked_score` where `visible` `[b, 1, q or 1, k]` is False.
-
-    Without a mask the bias keeps its batch dimension of 1; without a bias the mask keeps its head dimension of 1.
-    """
+def additive_mask(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`visible` `[b, 1, q or 1, k]` as what is added to scores: 0, or `masked_score` where it is False."""
     if visible is None:
-        return bias
-    if bias is None:
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, masked_score(dtype))
-    return bias.masked_fill(~visible, masked_score(bias.dtype))
+        return None
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, masked_score(dtype))
+
+
+class ScoreBias(NamedTuple):
+    """What is added to the scores of queries and keys before the softmax, masks included.
+
+    T5's relative position bias depends on key position - query position alone. It is a vector here, one number for each
+    diagonal of the scores, so that an operator need not read a matrix for each head, nor write one as its gradient; a
+    causal mask is a flag, so that nothing is computed for what it hides. `dense` is for operators that take a matrix.
+
+    Attributes:
+        query_length: q.
+        key_length: k.
+        diagonals: fp32 `[n, q + k - 1]` by ascending key position - query position, or None.
+        mask: Additive, `[b or 1, n or 1, q or 1, k]`, or None.
+        causal: Hide the keys after each query.
+    """
+
+    query_length: int
+    key_length: int
+    diagonals: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+
+    def as_matrix(self, dtype: torch.dtype, device: torch.device) -> ScoreBias:
+        """The same with everything in `mask`."""
+        return ScoreBias(self.query_length, self.key_length, mask=self.dense(dtype, device))
+
+    def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Everything that is added, `[b or 1, n or 1, q or 1, k]`, or None for nothing."""
+        bias = None
+        if self.diagonals is not None or self.causal:
+            distances = torch.arange(1 - self.query_length, self.key_length, device=device)
+            values = torch.zeros(1, len(distances), device=device) if self.diagonals is None else self.diagonals
+            if self.causal:
+                values = values.masked_fill(distances > 0, masked_score(dtype))
+            # Window i of the values holds the distances i - (q - 1) ..., which is the row of query q - 1 - i.
+            bias = values.unfold(-1, self.key_length, 1).flip(-2).to(dtype).unsqueeze(0)
+        if self.mask is None:
+            return bias
+        # Where both hide a key, their sum could leave the range of fp16.
+        return self.mask if bias is None else (bias + self.mask).clamp(min=masked_score(dtype))

@@ -1,7 +1,7 @@
 """T5's relative position bias (Raffel et al. 2020, section 2.1): a learned scalar for each head and distance bucket.
 
 One table serves a whole stack. The bias depends on `key position - query position` only, so it is looked up for the
-`query_length + key_length - 1` distinct distances and laid out as a Toeplitz matrix; the gradient of the table is then
+`query_length + key_length - 1` distinct distances, the diagonals of the score matrix; the gradient of the table is then
 a sum along diagonals and never a scatter of `query_length * key_length` values.
 """
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
 from megatron.core.parameters import Init, ParamSpec, local_tensor
-from megatron.core.transformer.attention_bias import masked_score
 from megatron.core.transformer.initialization import matrix_init
 
 
@@ -46,8 +45,7 @@ class RelativePositionBias(nn.Module):
 
     Args:
         config: Heads, buckets and largest distance.
-        bidirectional: True for the encoder. The decoder's bias is causal: keys after the query get `masked_score`, so
-            that its causal mask costs nothing more.
+        bidirectional: True for the encoder; the decoder's tells keys before the query apart.
     """
 
     def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
@@ -63,14 +61,12 @@ class RelativePositionBias(nn.Module):
             init = matrix_init(config, 0.0)
         self.parameter_specs = {"weight": ParamSpec(("heads", "buckets"), init, weight_decay=False)}
 
-    def forward(self, length: int, dtype: torch.dtype) -> Tensor:
-        """Additive bias `[1, n', length, length]` (query, key) in `dtype`, for the n' heads of this rank."""
-        distances = torch.arange(1 - length, length, device=self.weight.device)
-        values = self._values(distances)  # [n', 2 length - 1], by ascending key - query
-        if not self.bidirectional:
-            values = values.masked_fill(distances > 0, masked_score(dtype))
-        # Window i of the values holds the distances -(length - 1) + i ..., which is the row of query length - 1 - i.
-        return values.unfold(-1, length, 1).flip(-2).to(dtype).unsqueeze(0)
+    def forward(self, query_length: int, key_length: int) -> Tensor:
+        """Bias of each diagonal of the scores, `[n', q + k - 1]` by ascending key position - query position.
+
+        In the dtype of the table, for the n' heads of this rank (`attention_bias.ScoreBias`).
+        """
+        return self._values(torch.arange(1 - query_length, key_length, device=self.weight.device))
 
     def last_row(self, length: int, dtype: torch.dtype) -> Tensor:
         """Bias `[n', length]` of the last of `length` positions to all of them; its end is the row of earlier ones."""

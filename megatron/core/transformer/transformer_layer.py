@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
+from megatron.core.transformer.attention_bias import ScoreBias
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.norm import build_norm
 from megatron.core.transformer.relative_position_bias import RelativePositionBias
@@ -28,15 +29,11 @@ class _Layer(nn.Module):
         if config.relative_attention_bias_per_layer:
             self.relative_attention_bias = RelativePositionBias(config, bidirectional=bidirectional)
 
-    def own_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The stack's `bias`, with the bias of this layer's table added if it has one.
-
-        The stack's then broadcasts to `[b, n, k, k]` and tells the length k.
-        """
+    def own_bias(self, bias: ScoreBias) -> ScoreBias:
+        """The stack's `bias`, with the bias of this layer's own table if it has one."""
         if self.relative_attention_bias is None:
             return bias
-        assert bias is not None
-        return self.relative_attention_bias(bias.shape[-1], bias.dtype) + bias
+        return bias._replace(diagonals=self.relative_attention_bias(bias.query_length, bias.key_length))
 
 
 class EncoderLayer(_Layer):
@@ -49,8 +46,8 @@ class EncoderLayer(_Layer):
         self.mlp_norm = build_norm(config, compute)
         self.mlp = MLP(config, compute, config.encoder_num_layers, tensor_parallel)
 
-    def forward(self, hidden: Tensor, bias: Tensor | None, rotary: RotaryAngles | None) -> Tensor:
-        """`hidden` `[b, s', h]` to `[b, s', h]`; `bias` broadcasts to `[b, n, s, s]`."""
+    def forward(self, hidden: Tensor, bias: ScoreBias, rotary: RotaryAngles | None) -> Tensor:
+        """`hidden` `[b, s', h]` to `[b, s', h]`; `bias` is that of its scores `[b, n, s, s]`."""
         attended = self.self_attention(self.self_attention_norm(hidden), self.own_bias(bias), rotary)
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
         return hidden + F.dropout(self.mlp(self.mlp_norm(hidden)), self.dropout, self.training)
@@ -72,13 +69,13 @@ class DecoderLayer(_Layer):
         self,
         hidden: Tensor,
         encoder_output: Tensor,
-        bias: Tensor | None,
-        cross_bias: Tensor | None,
+        bias: ScoreBias,
+        cross_bias: ScoreBias,
         rotary: RotaryAngles | None,
     ) -> Tensor:
         """`hidden` `[b, t', h]` and `encoder_output` `[b, s, h]`, whole on every rank, to `[b, t', h]`.
 
-        `bias` broadcasts to `[b, n, t, t]` and hides future keys, `cross_bias` to `[b, n, t, s]`.
+        `bias` is that of the scores `[b, n, t, t]` and hides future keys, `cross_bias` that of `[b, n, t, s]`.
         """
         attended = self.self_attention(self.self_attention_norm(hidden), self.own_bias(bias), rotary)
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
@@ -91,10 +88,10 @@ class DecoderLayer(_Layer):
         hidden: Tensor,
         cache: Tensor,
         position: int,
-        bias: Tensor | None,
+        bias: ScoreBias,
         rotary: RotaryAngles | None,
         cross_keys_values: tuple[Tensor, Tensor],
-        cross_bias: Tensor | None,
+        cross_bias: ScoreBias,
     ) -> Tensor:
         """One position of generation, without dropout: `hidden` `[b, m, h]`, m beams of a row, to the same.
 

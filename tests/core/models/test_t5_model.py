@@ -10,6 +10,7 @@ from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_model import T5Model, recomputation_groups
 from megatron.core.parameters import initialize_parameters
+from megatron.core.transformer.attention_bias import ScoreBias
 from megatron.core.transformer.transformer_layer import DecoderLayer, EncoderLayer
 from tests.programs import load_program
 
@@ -205,7 +206,7 @@ def test_fp16_trains_close_to_fp32(position, recompute):
             losses[fp16].append(loss.item())
     assert output.encoder_output.dtype == torch.float16 and output.loss.cross_entropy.dtype == torch.float32
     (hidden,) = model.embedding(batch[0])
-    assert model.encoder.layers["0"](hidden, None, None).dtype == torch.float32
+    assert model.encoder.layers["0"](hidden, ScoreBias(hidden.shape[1], hidden.shape[1]), None).dtype == torch.float32
     assert losses[True] == pytest.approx(losses[False], rel=2e-3)
     assert losses[True][-1] < losses[True][0] - 0.1
 

@@ -1,5 +1,7 @@
 """Attention backends, masks without visible keys, rotary positions, norms, feed-forward, dropout."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,13 @@ from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.parameters import initialize_parameters
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.attention import sdpa_attention, unfused_attention
-from megatron.core.transformer.attention_bias import MASKED_SCORE, masked_bias, masked_score, visible_keys
+from megatron.core.transformer.attention_bias import (
+    MASKED_SCORE,
+    ScoreBias,
+    additive_mask,
+    masked_score,
+    visible_keys,
+)
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.norm import LayerNorm, RMSNorm
 from megatron.core.transformer.rotary import apply_rotary, rotary_angles
@@ -47,7 +55,8 @@ def test_rows_without_visible_keys_stay_finite(attention, dtype):
     query, key, value, bias = (x.detach().to(dtype).requires_grad_() for x in attention_inputs(0, 2, 2, 5, 5, 4, 1))
     queries = torch.tensor([[1, 1, 2, 0, 0], [3, 0, 0, 0, 0]])
     keys = torch.tensor([[1, 1, 2, 3, 3], [1, 1, 2, 2, 2]])  # the zeros and the 3 of the second row see nothing
-    output = attention(query, key, value, masked_bias(bias, visible_keys(queries, keys), dtype), 1.0, 0.0)
+    mask = additive_mask(visible_keys(queries, keys), dtype)
+    output = attention(query, key, value, (bias + mask).clamp(min=masked_score(dtype)), 1.0, 0.0)
     seeing = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
     (output * seeing[:, None, :, None]).sum().backward()
     assert output.isfinite().all()
@@ -78,17 +87,37 @@ def test_fp16_feed_forward_beyond_the_range_of_fp16():
 def test_masked_keys_have_no_weight():
     query, key, value, bias = attention_inputs(1, 1, 2, 3, 6, 4, 1)
     mask = torch.tensor([[True, True, False, True, False, False]])
-    output = unfused_attention(query, key, value, masked_bias(bias, visible_keys(None, None, mask), bias.dtype), 1, 0.0)
+    masked = bias + additive_mask(visible_keys(None, None, mask), bias.dtype)
+    output = unfused_attention(query, key, value, masked, 1, 0.0)
     short = (x[:, :, mask[0]] for x in (key, value))
     torch.testing.assert_close(output, unfused_attention(query, *short, bias[..., mask[0]], 1.0, 0.0))
 
 
 def test_masks_keep_size_one_dimensions():
-    mask = torch.tensor([[True, False]])
-    assert masked_bias(None, None, torch.float32) is None
-    bias = torch.zeros(1, 3, 2, 2)
-    assert masked_bias(bias, None, torch.float32) is bias
-    assert masked_bias(None, visible_keys(None, None, mask), torch.float32).tolist() == [[[[0.0, MASKED_SCORE]]]]
+    mask = additive_mask(visible_keys(None, None, torch.tensor([[True, False]])), torch.float32)
+    assert mask.tolist() == [[[[0.0, MASKED_SCORE]]]]
+    assert additive_mask(None, torch.float32) is None
+    cpu = torch.device("cpu")
+    assert ScoreBias(2, 2).dense(torch.float32, cpu) is None
+    assert ScoreBias(2, 2, mask=mask).dense(torch.float32, cpu) is mask
+    assert ScoreBias(2, 2, torch.zeros(3, 3)).dense(torch.float32, cpu).shape == (1, 3, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_matrix_of_the_bias_has_the_diagonals_and_hides_what_either_mask_hides(dtype, causal):
+    q, k = 3, 5
+    diagonals = torch.arange(2 * (q + k - 1), dtype=torch.float32).view(2, -1)
+    visible = torch.tensor([[True, True, True, False, False]])[:, None, None]
+    cpu = torch.device("cpu")
+    matrix = ScoreBias(q, k, diagonals, additive_mask(visible, dtype), causal).as_matrix(dtype, cpu)
+    assert (matrix.query_length, matrix.key_length, matrix.diagonals, matrix.causal) == (q, k, None, False)
+    for head, query, key in itertools.product(range(2), range(q), range(k)):
+        found = matrix.mask[0, head, query, key].item()
+        if key > 2 or (causal and key > query):
+            assert 1.01 * masked_score(dtype) < found < 0.99 * masked_score(dtype)
+        else:
+            assert found == diagonals[head, key - query + q - 1].item()
 
 
 def test_segments_on_one_side_only_are_refused():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megatron.core.config import ModelConfig
 from megatron.core.parameters import initialize_parameters
-from megatron.core.transformer.attention_bias import MASKED_SCORE
+from megatron.core.transformer.attention_bias import MASKED_SCORE, ScoreBias
 from megatron.core.transformer.relative_position_bias import RelativePositionBias, relative_position_bucket
 
 # Smallest distance of each bucket from which the buckets widen, as T5 and T5X have them for (32, 128).
@@ -85,6 +85,12 @@ def make_bias(bidirectional):
     return bias
 
 
+def dense(module, length, dtype):
+    """What the stack adds to the scores of `length` positions, causal in the decoder."""
+    bias = ScoreBias(length, length, module(length, length), causal=not module.bidirectional)
+    return bias.dense(dtype, torch.device("cpu"))
+
+
 @settings(deadline=None, max_examples=10)
 @given(length=st.integers(1, 150), bidirectional=st.booleans())
 def test_bias_and_gradient_equal_a_direct_lookup(length, bidirectional):
@@ -95,7 +101,7 @@ def test_bias_and_gradient_equal_a_direct_lookup(length, bidirectional):
     expected = table[:, index]
     if not bidirectional:
         expected = expected.masked_fill(relative > 0, MASKED_SCORE)
-    actual = module(length, torch.float64)
+    actual = dense(module, length, torch.float64)
     assert actual.shape == (1, 2, length, length) and actual.is_contiguous()
     torch.testing.assert_close(actual[0], expected, rtol=0, atol=0)
     upstream = torch.randn(2, length, length, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
@@ -106,5 +112,5 @@ def test_bias_and_gradient_equal_a_direct_lookup(length, bidirectional):
 
 def test_bf16_bias_sums_its_gradient_in_the_tables_dtype():
     module = make_bias(bidirectional=True).float()
-    module(512, torch.bfloat16).sum().backward()
+    dense(module, 512, torch.bfloat16).sum().backward()
     assert module.weight.grad.sum().item() == 2 * 512 * 512  # a bf16 sum would stall at 256

@@ -32,10 +32,11 @@ from megatron.core.tensor_parallel import (
     vocab_cross_entropy,
     vocab_parallel_logits,
 )
+from megatron.core.transformer.attention import choose_backend
 from megatron.core.transformer.attention_bias import (
-    causal_bias,
+    ScoreBias,
+    additive_mask,
     effective_segments,
-    masked_bias,
     pad_masks,
     visible_keys,
 )
@@ -136,12 +137,12 @@ class _Stack(nn.Module):
         self.config = config
         self.tensor_parallel = tensor_parallel
         self.compute_dtype = compute_dtype(compute)
+        self.attention_backend = compute.attention_backend
         self.groups = recomputation_groups(compute, len(layers))
         self.dropout = config.hidden_dropout
         self.has_dropout = config.hidden_dropout > 0 or config.attention_dropout > 0
         self.relative_attention_bias: RelativePositionBias | None = None
-        self.has_layer_biases = config.relative_attention_bias_per_layer
-        if config.position_embedding_type == "relative" and layers and not self.has_layer_biases:
+        if config.position_embedding_type == "relative" and layers and not config.relative_attention_bias_per_layer:
             self.relative_attention_bias = RelativePositionBias(config, bidirectional=bidirectional)
         self.layers = nn.ModuleDict(layers)
         self.final_norm = build_norm(config, compute) if has_final_norm else None
@@ -155,6 +156,19 @@ class _Stack(nn.Module):
         if self.config.position_embedding_type != "rope":
             return None
         return rotary_angles(self.config, length, device, dtype)
+
+    def self_bias(
+        self, length: int, mask: Tensor | None, *, causal: bool, dtype: torch.dtype, device: torch.device
+    ) -> ScoreBias:
+        """What self-attention of `length` positions adds to its scores, made once for all layers.
+
+        `mask` is additive, `[b or 1, 1, length or 1, length]`; `dtype` is that of matrix products.
+        """
+        diagonals = None if self.relative_attention_bias is None else self.relative_attention_bias(length, length)
+        bias = ScoreBias(length, length, diagonals, mask, causal)
+        if choose_backend(self.attention_backend, device, dtype) == "cpu":
+            return bias
+        return bias.as_matrix(dtype, device)  # rather than a matrix in each layer
 
     def run_layers(self, hidden: Tensor, *arguments: Any) -> Tensor:
         """All layers in turn, recomputing groups of them in the backward pass if asked for; `[b, s', h]` each way."""
@@ -227,17 +241,13 @@ class T5Encoder(_Stack):
             mask: bool `[b, s]`, True for real tokens; None when there is no padding.
             segment_ids: `[b, s]`, documents of packed rows from 1, 0 for padding.
         """
-        dtype, padding = self.compute_dtype or hidden.dtype, self.padding(length)
-        mask, segment_ids = pad_masks(mask, segment_ids, length, padding, hidden.device)
+        dtype, device, padding = self.compute_dtype or hidden.dtype, hidden.device, self.padding(length)
+        mask, segment_ids = pad_masks(mask, segment_ids, length, padding, device)
         length += padding
-        bias = None
-        if self.relative_attention_bias is not None:
-            bias = self.relative_attention_bias(length, dtype)
-        elif self.has_layer_biases:  # to which the layers add theirs
-            bias = torch.zeros(1, 1, 1, length, dtype=dtype, device=hidden.device)
         segments = effective_segments(mask, segment_ids)
-        bias = masked_bias(bias, visible_keys(segments, segments, mask), dtype)
-        return self.finish(self.run_layers(hidden, bias, self.rotary(length, hidden.device, dtype)))
+        hidden_keys = additive_mask(visible_keys(segments, segments, mask), dtype)
+        bias = self.self_bias(length, hidden_keys, causal=False, dtype=dtype, device=device)
+        return self.finish(self.run_layers(hidden, bias, self.rotary(length, device, dtype)))
 
 
 class T5Decoder(_Stack):
@@ -287,14 +297,12 @@ class T5Decoder(_Stack):
         encoder_mask, encoder_segment_ids = pad_masks(
             encoder_mask, encoder_segment_ids, encoder_length, self.padding(encoder_length), device
         )
-        if self.relative_attention_bias is not None:
-            bias = self.relative_attention_bias(length, dtype)
-        else:
-            bias = causal_bias(length, device, dtype)
         segments = effective_segments(mask, segment_ids)
         encoder_segments = effective_segments(encoder_mask, encoder_segment_ids)
-        self_bias = masked_bias(bias, visible_keys(segments, segments, mask), dtype)
-        cross_bias = masked_bias(None, visible_keys(segments, encoder_segments, encoder_mask), dtype)
+        hidden_keys = additive_mask(visible_keys(segments, segments, mask), dtype)
+        self_bias = self.self_bias(length, hidden_keys, causal=True, dtype=dtype, device=device)
+        hidden_keys = additive_mask(visible_keys(segments, encoder_segments, encoder_mask), dtype)
+        cross_bias = ScoreBias(length, encoder_output.shape[1], mask=hidden_keys)
         rotary = self.rotary(length, device, dtype)
         return self.finish(self.run_layers(hidden, encoder_output, self_bias, cross_bias, rotary))
 
@@ -303,10 +311,10 @@ class T5Decoder(_Stack):
         hidden: Tensor,
         cache: Tensor,
         position: int,
-        biases: Sequence[Tensor | None],
+        biases: Sequence[ScoreBias],
         rotary: RotaryAngles | None,
         cross_keys_values: Sequence[tuple[Tensor, Tensor]],
-        cross_bias: Tensor | None,
+        cross_bias: ScoreBias,
     ) -> Tensor:
         """One position of generation through all layers, without dropout: `hidden` `[b, m, h]` to the same.
 
