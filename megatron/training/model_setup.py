@@ -175,6 +175,11 @@ class DistributedModel:
             totals += sums.detach()
         return totals
 
+    def overlap_reduction(self, enabled: bool) -> None:
+        """Let replicas sum gradients within the last backward pass of a step, as they do unless told, or after it."""
+        for data_parallel in self.data_parallel:
+            data_parallel.overlaps = enabled
+
     def finish_gradients(self) -> None:
         """Sum the gradients over everything that has a part in them; then every rank has what its update needs."""
         for data_parallel in self.data_parallel:

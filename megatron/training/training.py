@@ -183,7 +183,9 @@ class Trainer:
             model.seed_dropout(self.progress.iteration)
             return model.forward_backward(batch, factor, lambda: self.stop.poll() == Stop.AT_ONCE)
 
-        if interval is not None and step % interval == 0:
+        checked = interval is not None and step % interval == 0
+        model.overlap_reduction(not checked)  # what each rank computes is compared before it is summed
+        if checked:
             return checked_gradients(forward_backward, model.finish_gradients, self.parameters, self.context, step)
         sums = forward_backward()
         if sums is not None:

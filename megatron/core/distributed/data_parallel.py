@@ -1,4 +1,4 @@
-"""Data parallelism: replicas with one all-reduce a step for small models, FSDP2 for large ones.
+"""Data parallelism: replicas whose gradients are summed once a step for small models, FSDP2 for large ones.
 
 Gradients are summed over the ranks, not averaged: the loss is already divided by the global number of target tokens.
 """
@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megatron.core.config import ComputeConfig
-from megatron.core.distributed.flat_all_reduce import all_reduce_gradients_
+from megatron.core.distributed.gradient_reduction import GradientReduction
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import local_tensor
 
@@ -40,7 +40,8 @@ class DataParallel:
     them, and before the optimizer is built. Call `set_gradient_sync(last)` before each microbatch (not under a pipeline
     schedule, which does so itself) and `reduce_gradients()` after the last backward of a step.
 
-    * `no_shard`: every rank keeps all parameters and optimizer state, as a single process does.
+    * `no_shard`: every rank keeps all parameters and optimizer state, as a single process does. Gradients are summed in
+      buckets within the last backward.
     * `optim` (ZeRO-1): parameters and optimizer state are sharded with FSDP2. All parameters are gathered once a step
       and all gradients reduced once, together, at the end of its last backward: the fewest and largest collectives.
     * `optim_grads` (ZeRO-2): gradients are reduced layer by layer within the last backward. Parameters are gathered
@@ -58,6 +59,8 @@ class DataParallel:
 
     Attributes:
         unit_bytes: Of each FSDP2 unit, its parameters in fp32 before they are sharded; empty for replicas.
+        overlaps: Whether replicas sum gradients while the last backward goes on, or all of them after it; to be changed
+            between steps only, and alike on all ranks.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class DataParallel:
         self.context = context
         self.strategy: ShardingStrategy = strategy or default_sharding_strategy(parameter_bytes(model))
         self.unit_bytes: list[int] = []
+        self.overlaps = True
+        self._reduction: GradientReduction | None = None
         if context.dp_size > 1 and self.strategy != "no_shard":
             self._shard(compute, blocks)
 
@@ -106,14 +111,23 @@ class DataParallel:
             self.model.set_requires_gradient_sync(enabled)
             # Parameters do not change between the microbatches of a step, so they need not be gathered again.
             self.model.set_reshard_after_backward(enabled or self.strategy == "optim_grads_params")
+        elif self.overlaps and (reduction := self._reduction_of_replicas()) is not None and enabled:
+            reduction.start()
 
     def reduce_gradients(self) -> None:
         """Finish the sum of the gradients over the ranks, after the last backward of a step.
 
-        FSDP2 has done it in the backward pass; the gradients of replicas are summed here.
+        FSDP2 has done it in the backward pass. Replicas wait here for what that has begun, and sum the rest.
         """
-        if self.strategy == "no_shard":
-            all_reduce_gradients_(self.model.parameters(), self.context.dp_group)
+        if (reduction := self._reduction_of_replicas()) is not None:
+            reduction.finish()
+
+    def _reduction_of_replicas(self) -> GradientReduction | None:
+        """Made when it is first needed: materialising a model replaces its parameters."""
+        group = self.context.dp_group
+        if self._reduction is None and self.strategy == "no_shard" and group is not None and group.size() > 1:
+            self._reduction = GradientReduction(self.model.parameters(), group)
+        return self._reduction
 
 
 def group_blocks(blocks: Sequence[nn.Module], min_bytes: int) -> list[list[nn.Module]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed import ProcessGroup, Work, all_reduce
 from torch.distributed.tensor import DTensor
 
 from megatron.core.parameters import buckets, local_tensor
@@ -19,21 +19,39 @@ BUFFER_MIB = 64
 def all_reduce_gradients_(parameters: Iterable[nn.Parameter], group: ProcessGroup | None) -> None:
     """Sum the gradients (of DTensors: the parts that the ranks hold) of `parameters` over `group`, in place.
 
-    Gradients are copied into buffers, which are summed in one all-reduce each and then serve as the gradients. A
-    parameter without a gradient must be so on all ranks of the group. None as the group: nothing is done.
+    A parameter without a gradient must be so on all ranks of the group. None as the group: nothing is done.
     """
     if group is None or group.size() == 1:
         return
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    sizes = [local_tensor(parameter.detach()).nbytes for parameter in with_gradient]
-    for indices in buckets(sizes, BUFFER_MIB * 2**20):
-        bucket = [with_gradient[index] for index in indices]
-        gradients = [local_tensor(parameter.grad) for parameter in bucket]  # type: ignore[arg-type]
-        buffer = torch.cat([gradient.flatten() for gradient in gradients])
-        all_reduce(buffer, group=group)
-        pieces = buffer.split([gradient.numel() for gradient in gradients])
-        for parameter, gradient, piece in zip(bucket, gradients, pieces, strict=True):
-            parameter.grad = _with_local(parameter, piece.view(gradient.shape))
+    for indices in buckets(gradient_sizes(with_gradient), BUFFER_MIB * 2**20):
+        work = start_all_reduce([with_gradient[index] for index in indices], group)
+        if work is not None:
+            work.wait()
+
+
+def gradient_sizes(parameters: Sequence[nn.Parameter]) -> list[int]:
+    """Bytes of the gradients of the parts that this rank holds."""
+    return [local_tensor(parameter.detach()).nbytes for parameter in parameters]
+
+
+@torch.no_grad()
+def start_all_reduce(parameters: Sequence[nn.Parameter], group: ProcessGroup) -> Work | None:
+    """Begin to sum the gradients of `parameters` over `group`, in one all-reduce.
+
+    Gradients are joined in a buffer, of which they are views from then on; what held them before is let go. One alone
+    is summed where it is. They must be left alone until the returned work is done. None: there is no gradient.
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    if not with_gradient:
+        return None
+    gradients = [local_tensor(parameter.grad) for parameter in with_gradient]  # type: ignore[arg-type]
+    flat = [gradient.flatten() for gradient in gradients]  # without a copy where it is contiguous
+    buffer = flat[0] if len(flat) == 1 else torch.cat(flat)
+    pieces = buffer.split([gradient.numel() for gradient in gradients])
+    for parameter, gradient, piece in zip(with_gradient, gradients, pieces, strict=True):
+        parameter.grad = _with_local(parameter, piece.view(gradient.shape))
+    return all_reduce(buffer, group=group, async_op=True)
 
 
 def _with_local(parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
