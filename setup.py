@@ -11,6 +11,7 @@ from setuptools.errors import CompileError, LinkError
 DATASETS = "megatron/core/datasets"
 DATASETS_HEADERS = ("arrays", "denoising", "mixture_tree", "randomness", "token_sources", "window_layouts")
 KERNELS = "megatron/core/extensions"
+KERNELS_HEADERS = ("parallel", "random_bits", "vector_math")
 # errno and traps of floating-point operations keep loops from being vectorised, and nobody asks for them.
 KERNELS_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 VECTOR_WIDTH_FLAG = "-mprefer-vector-width=512"
@@ -57,7 +58,7 @@ setup(
         Pybind11Extension(
             f"megatron.core.extensions.{name}",
             [f"{KERNELS}/{name}.cpp"],
-            depends=[f"{KERNELS}/vector_math.h"],
+            depends=[f"{KERNELS}/{header}.h" for header in KERNELS_HEADERS],
             cxx_std=17,
             extra_compile_args=list(KERNELS_FLAGS),
         )

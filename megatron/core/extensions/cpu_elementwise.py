@@ -41,7 +41,8 @@ def softmax_statistics(logits: Tensor, labels: Tensor, log_z: Tensor, label_logi
     kernels.softmax_statistics(
         logits.data_ptr(),
         DTYPES[logits.dtype],
-        *logits.shape,
+        logits.shape[0],
+        logits.shape[1],
         labels.data_ptr(),
         log_z.data_ptr(),
         label_logit.data_ptr(),
@@ -68,7 +69,8 @@ def logits_gradient_(
     kernels.logits_gradient(
         logits.data_ptr(),
         DTYPES[logits.dtype],
-        *logits.shape,
+        logits.shape[0],
+        logits.shape[1],
         labels.data_ptr(),
         log_z.data_ptr(),
         label_scale.data_ptr(),
