@@ -45,14 +45,13 @@ inline void store(bfloat16* address, float value) {
     address->bits = static_cast<std::uint16_t>(value != value ? quiet : rounded);
 }
 
-// exp(x) to about 2 units in the last place; 0 below -87.3, infinity above 88.7, NaN for NaN.
-inline float exponential(float x) {
+// exp(x) for -87.3 <= x <= 88.72, to about 2 units in the last place; a NaN may come out as anything.
+inline float exponential_in_range(float x) {
     constexpr float log2_e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     constexpr float round_shift = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
-    const float clamped = x < -87.3f ? -87.3f : (x > 88.72f ? 88.72f : x);
-    const float shifted = clamped * log2_e + round_shift;
+    const float shifted = x * log2_e + round_shift;
     const float n = shifted - round_shift;
-    const float r = (clamped - n * ln2_high) - n * ln2_low;
+    const float r = (x - n * ln2_high) - n * ln2_low;
     // Taylor series of exp(r), |r| <= ln(2) / 2, coefficients economised (Cephes, Moshier).
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -61,14 +60,22 @@ inline float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    // 2^n in two factors, since n reaches 128.
-    const std::int32_t exponent = static_cast<std::int32_t>(n);
-    const std::int32_t half = exponent >> 1;
-    const float scale = bits_to_float(static_cast<std::uint32_t>(half + 127) << 23);
-    const float rest = bits_to_float(static_cast<std::uint32_t>(exponent - half + 127) << 23);
-    const float value = p * scale * rest;
+    // The lowest bits of `shifted` are n, which is added to the exponent of p. That stays in its range: p < 1 when
+    // n = 128 and p > 1 when n = -126.
+    return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+}
+
+// exp(x); 0 below -87.3, infinity above 88.72, NaN for NaN.
+inline float exponential(float x) {
+    const float value = exponential_in_range(x);
     const float bounded = x < -87.3f ? 0.0f : (x > 88.72f ? bits_to_float(0x7f800000u) : value);
     return x != x ? x : bounded;
+}
+
+// The same for x <= 0 or NaN.
+inline float exponential_of_negative(float x) {
+    const float value = exponential_in_range(x);
+    return x >= -87.3f ? value : (x != x ? x : 0.0f);
 }
 
 }  // namespace megatron
