@@ -191,7 +191,11 @@ def checked_step(trainer: Trainer, disturb=lambda run: None) -> torch.Tensor:
         return sums
 
     finish = trainer.model.finish_gradients
-    return checked_gradients(forward_backward, finish, trainer.parameters, trainer.context, step=17)
+    trainer.model.overlap_reduction(False)
+    try:
+        return checked_gradients(forward_backward, finish, trainer.parameters, trainer.context, step=17)
+    finally:
+        trainer.model.overlap_reduction(True)
 
 
 def gradients(trainer: Trainer) -> list[torch.Tensor]:
