@@ -37,12 +37,14 @@ inline float load(const bfloat16* address) { return bits_to_float(static_cast<st
 
 inline void store(float* address, float value) { *address = value; }
 
-// To the nearest bf16, ties to even; a NaN stays one.
-inline void store(bfloat16* address, float value) {
+// The nearest bf16, ties to even, in the upper half of a word; a NaN stays one.
+inline std::uint32_t rounded_bits(float value) {
     const std::uint32_t bits = float_to_bits(value);
-    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const std::uint32_t quiet = (bits >> 16) | 0x40u;
-    address->bits = static_cast<std::uint16_t>(value != value ? quiet : rounded);
+    return value != value ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+inline void store(bfloat16* address, float value) {
+    address->bits = static_cast<std::uint16_t>(rounded_bits(value) >> 16);
 }
 
 // exp(x) for -87.3 <= x <= 88.72, to about 2 units in the last place; a NaN may come out as anything.
