@@ -1,6 +1,330 @@
 // Softmax of attention scores and its derivative for CPUs; called through cpu_attention.py.
-#include <pybind11/pybind11.h>
+//
+// Shapes: b batch, n heads, q queries, k keys, s either, d channels of a head. Scores are [b n, q, k], contiguous, fp32
+// or bf16; arithmetic is fp32 and every result is rounded once. Threads divide rows (b, n, q) or items (b, n), and no
+// sum depends on how many they are.
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "parallel.h"
+#include "random_bits.h"
 #include "vector_math.h"
 
-PYBIND11_MODULE(attention_kernels, module) { module.doc() = "Kernels of attention on CPUs."; }
+namespace py = pybind11;
+
+namespace {
+
+using megatron::bfloat16;
+using megatron::load;
+using megatron::parallel_for;
+using megatron::random_bits;
+using megatron::store;
+using std::int64_t;
+
+constexpr int64_t vector_size = 16;  // buffers of rows are filled up to whole vectors
+
+int64_t padded(int64_t length) { return (length + vector_size - 1) / vector_size * vector_size; }
+
+template <class T>
+T* at(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void require(bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+// Calls function(T{}) with the type that `dtype` names.
+template <class Function>
+void with_type(const std::string& dtype, const Function& function) {
+    if (dtype == "float32") {
+        function(float{});
+    } else if (dtype == "bfloat16") {
+        function(bfloat16{});
+    } else {
+        throw std::invalid_argument("dtype must be float32 or bfloat16, not " + dtype);
+    }
+}
+
+// What becomes of scores on their way to probabilities: a scale, what is added, what is dropped.
+class ScoreRule {
+   public:
+    const int64_t batch, heads, queries, keys;
+    const bool causal;
+    const float scale;
+    const std::uint64_t seed;
+    const megatron::DropoutRate dropout;
+
+    ScoreRule(int64_t batch, int64_t heads, int64_t queries, int64_t keys, bool causal, float scale,
+              std::uintptr_t diagonals, std::uintptr_t mask, int64_t mask_batch_stride, int64_t mask_head_stride,
+              int64_t mask_query_stride, std::uint64_t seed, double dropout)
+        : batch(batch), heads(heads), queries(queries), keys(keys), causal(causal), scale(scale), seed(seed),
+          dropout(megatron::dropout_rate(dropout)), diagonals_(at<const float>(diagonals)),
+          mask_(at<const float>(mask)), mask_batch_stride_(mask_batch_stride), mask_head_stride_(mask_head_stride),
+          mask_query_stride_(mask_query_stride) {
+        require(batch >= 0 && heads > 0 && queries > 0 && keys > 0, "sizes of scores must be positive");
+        require(dropout >= 0.0 && dropout < 1.0, "dropout must be in [0, 1)");
+        zeros_.assign(keys, 0.0f);
+    }
+
+    int64_t items() const { return batch * heads; }
+    int64_t rows() const { return items() * queries; }
+    int64_t diagonals_length() const { return queries + keys - 1; }
+    // Number of keys that a query may see.
+    int64_t visible(int64_t query) const { return causal ? std::min(query + 1, keys) : keys; }
+    // What is added to the scores of a query, by key.
+    const float* bias(int64_t item, int64_t query) const {
+        if (!diagonals_) return zeros_.data();
+        return diagonals_ + item % heads * diagonals_length() + queries - 1 - query;
+    }
+    const float* mask(int64_t item, int64_t query) const {
+        if (!mask_) return zeros_.data();
+        return mask_ + item / heads * mask_batch_stride_ + item % heads * mask_head_stride_ +
+               query * mask_query_stride_;
+    }
+
+   private:
+    const float* const diagonals_;  // [n, q + k - 1] by ascending key - query, or null
+    const float* const mask_;       // additive, or null
+    const int64_t mask_batch_stride_, mask_head_stride_, mask_query_stride_;
+    std::vector<float> zeros_;  // [k], in place of what is null: one loop for all cases
+};
+
+// Biased scores of a row to `buffer`; returns their maximum, in which NaN do not count.
+template <class T>
+inline float biased_scores(const T* scores, const float* bias, const float* mask, float scale, int64_t visible,
+                           float* buffer) {
+    float maximum = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : maximum)
+    for (int64_t j = 0; j < visible; ++j) {
+        const float score = load(scores + j) * scale + (bias[j] + mask[j]);
+        buffer[j] = score;
+        maximum = score > maximum ? score : maximum;
+    }
+    return maximum;
+}
+
+// exp(buffer - maximum) in place, with zeros up to the next whole vector; returns the sum. NaN if one is NaN.
+inline float exponentials(float* buffer, int64_t visible, float maximum) {
+    const int64_t end = padded(visible);
+    for (int64_t j = visible; j < end; ++j) buffer[j] = -std::numeric_limits<float>::infinity();
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < end; ++j) {
+        const float value = megatron::exponential_of_negative(buffer[j] - maximum);
+        buffer[j] = value;
+        sum += value;
+    }
+    return sum;
+}
+
+// Scores [b n q, k] of rows [begin, end) to probabilities, in place. `statistics` [b n q, 2], a row's maximum and
+// 1 / sum of exponentials, are written, or read if they are `known`. `dropped`, if not null, receives the probabilities
+// after dropout.
+template <class T>
+MULTIVERSIONED void softmax_rows(const ScoreRule& rule, T* scores, T* dropped, float* statistics, bool known,
+                                 int64_t begin, int64_t end, float* buffer) {
+    const int64_t keys = rule.keys;
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t item = row / rule.queries, query = row % rule.queries, visible = rule.visible(query);
+        T* probabilities = scores + row * keys;
+        const float largest = biased_scores(probabilities, rule.bias(item, query), rule.mask(item, query), rule.scale,
+                                            visible, buffer);
+        const float maximum = known ? statistics[2 * row] : largest;
+        const float sum = exponentials(buffer, visible, maximum);
+        const float inverse = known ? statistics[2 * row + 1] : 1.0f / sum;
+        statistics[2 * row] = maximum;
+        statistics[2 * row + 1] = inverse;
+        for (int64_t j = 0; j < visible; ++j) store(probabilities + j, buffer[j] * inverse);
+        std::memset(static_cast<void*>(probabilities + visible), 0, (keys - visible) * sizeof(T));
+        if (!dropped) continue;
+        T* kept = dropped + row * keys;
+        const megatron::RandomKey key = megatron::random_key(rule.seed, row);
+        const float factor = inverse * rule.dropout.scale;
+        for (int64_t j = 0; j < visible; ++j) {
+            const bool drop = (random_bits(key, j) >> 16) < rule.dropout.threshold;
+            store(kept + j, drop ? 0.0f : buffer[j] * factor);
+        }
+        std::memset(static_cast<void*>(kept + visible), 0, (keys - visible) * sizeof(T));
+    }
+}
+
+// Gradients of probabilities [b n, q, k] of items [begin, end) to those of scores, in place: p * (g - sum(p * g)).
+// `diagonals` [b n, q + k - 1], if not null, receives an item's sums along the diagonals.
+template <class T>
+MULTIVERSIONED void softmax_backward_items(const ScoreRule& rule, const T* probabilities, T* gradients,
+                                           float* diagonals, int64_t begin, int64_t end, float* buffer) {
+    const int64_t queries = rule.queries, keys = rule.keys, length = rule.diagonals_length();
+    float* sums = buffer + padded(keys);  // [q + k - 1]
+    for (int64_t item = begin; item < end; ++item) {
+        std::fill(sums, sums + length, 0.0f);
+        for (int64_t query = 0; query < queries; ++query) {
+            const int64_t row = item * queries + query, visible = rule.visible(query);
+            const T* probability = probabilities + row * keys;
+            T* gradient = gradients + row * keys;
+            for (int64_t j = 0; j < visible; ++j) buffer[j] = load(gradient + j);
+            if (rule.dropout.threshold) {
+                const megatron::RandomKey key = megatron::random_key(rule.seed, row);
+                for (int64_t j = 0; j < visible; ++j) {
+                    const bool drop = (random_bits(key, j) >> 16) < rule.dropout.threshold;
+                    buffer[j] = drop ? 0.0f : buffer[j] * rule.dropout.scale;
+                }
+            }
+            float mean = 0.0f;
+#pragma omp simd reduction(+ : mean)
+            for (int64_t j = 0; j < visible; ++j) mean += load(probability + j) * buffer[j];
+            float* sum = sums + queries - 1 - query;
+#pragma omp simd
+            for (int64_t j = 0; j < visible; ++j) {
+                const float value = load(probability + j) * (buffer[j] - mean);
+                sum[j] += value;
+                store(gradient + j, value * rule.scale);
+            }
+            std::memset(static_cast<void*>(gradient + visible), 0, (keys - visible) * sizeof(T));
+        }
+        if (diagonals) std::copy(sums, sums + length, diagonals + item * length);
+    }
+}
+
+// Probabilities [b n q, k] of rows [begin, end) as they were after dropout.
+template <class T>
+MULTIVERSIONED void dropout_rows(const ScoreRule& rule, const T* probabilities, T* dropped, int64_t begin,
+                                 int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const megatron::RandomKey key = megatron::random_key(rule.seed, row);
+        for (int64_t j = 0; j < rule.keys; ++j) {
+            const bool drop = (random_bits(key, j) >> 16) < rule.dropout.threshold;
+            const int64_t element = row * rule.keys + j;
+            store(dropped + element, drop ? 0.0f : load(probabilities + element) * rule.dropout.scale);
+        }
+    }
+}
+
+void softmax(const ScoreRule& rule, const std::string& dtype, std::uintptr_t scores, std::uintptr_t dropped,
+             std::uintptr_t statistics, bool known, int threads) {
+    require(!dropped || rule.dropout.threshold, "nothing is dropped");
+    const py::gil_scoped_release released;
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        parallel_for(rule.rows(), rule.rows() * rule.keys, threads, [&](int64_t begin, int64_t end) {
+            std::vector<float> buffer(padded(rule.keys));
+            softmax_rows<T>(rule, at<T>(scores), at<T>(dropped), at<float>(statistics), known, begin, end,
+                            buffer.data());
+        });
+    });
+}
+
+void dropout(const ScoreRule& rule, const std::string& dtype, std::uintptr_t probabilities, std::uintptr_t dropped,
+             int threads) {
+    const py::gil_scoped_release released;
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        parallel_for(rule.rows(), rule.rows() * rule.keys, threads, [&](int64_t begin, int64_t end) {
+            dropout_rows<T>(rule, at<const T>(probabilities), at<T>(dropped), begin, end);
+        });
+    });
+}
+
+// `diagonals` [n, q + k - 1], if not null, receives the gradient of the bias: sums over the batch and the diagonals.
+void softmax_backward(const ScoreRule& rule, const std::string& dtype, std::uintptr_t probabilities,
+                      std::uintptr_t gradients, std::uintptr_t diagonals, int threads) {
+    const py::gil_scoped_release released;
+    const int64_t length = rule.diagonals_length();
+    std::vector<float> sums(diagonals ? rule.items() * length : 0);  // [b n, q + k - 1]
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        parallel_for(rule.items(), rule.rows() * rule.keys, threads, [&](int64_t begin, int64_t end) {
+            std::vector<float> buffer(padded(rule.keys) + length);
+            softmax_backward_items<T>(rule, at<const T>(probabilities), at<T>(gradients),
+                                      diagonals ? sums.data() : nullptr, begin, end, buffer.data());
+        });
+    });
+    if (!diagonals) return;
+    float* total = at<float>(diagonals);
+    std::fill(total, total + rule.heads * length, 0.0f);
+    for (int64_t item = 0; item < rule.items(); ++item) {
+        float* target = total + item % rule.heads * length;
+        for (int64_t j = 0; j < length; ++j) target[j] += sums[item * length + j];
+    }
+}
+
+// Where the elements of [b, s, n, d] lie; strides in elements.
+struct Layout {
+    int64_t batch_stride, position_stride, head_stride, channel_stride;
+};
+
+Layout layout(const std::vector<int64_t>& strides) {
+    require(strides.size() == 4, "strides must be four: batch, position, head, channel");
+    return {strides[0], strides[1], strides[2], strides[3]};
+}
+
+// Positions in blocks whose columns stay in the first-level cache, for the sake of transposed layouts.
+template <class T>
+void copy_head(const T* source, const Layout& from, T* target, const Layout& to, int64_t positions, int64_t channels) {
+    constexpr int64_t block_size = 32;
+    for (int64_t start = 0; start < positions; start += block_size) {
+        const int64_t size = std::min(block_size, positions - start);
+        const T* first = source + start * from.position_stride;
+        T* destination = target + start * to.position_stride;
+        if (from.channel_stride == 1 && to.channel_stride == 1) {
+            for (int64_t s = 0; s < size; ++s)
+                std::memcpy(destination + s * to.position_stride, first + s * from.position_stride,
+                            channels * sizeof(T));
+        } else {
+            for (int64_t c = 0; c < channels; ++c)
+                for (int64_t s = 0; s < size; ++s)
+                    destination[s * to.position_stride + c * to.channel_stride] =
+                        first[s * from.position_stride + c * from.channel_stride];
+        }
+    }
+}
+
+void copy_heads(int element_size, std::uintptr_t source, const std::vector<int64_t>& source_strides,
+                std::uintptr_t target, const std::vector<int64_t>& target_strides, int64_t batch, int64_t positions,
+                int64_t heads, int64_t channels, int threads) {
+    require(element_size == 2 || element_size == 4, "elements must have 2 or 4 bytes");
+    require(batch >= 0 && positions >= 0 && heads >= 0 && channels >= 0, "sizes must not be negative");
+    const Layout from = layout(source_strides), to = layout(target_strides);
+    const py::gil_scoped_release released;
+    const auto copy = [&](auto type) {
+        using T = decltype(type);
+        parallel_for(batch * heads, batch * heads * positions * channels, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t item = begin; item < end; ++item) {
+                const int64_t row = item / heads, head = item % heads;
+                copy_head<T>(at<const T>(source) + row * from.batch_stride + head * from.head_stride, from,
+                             at<T>(target) + row * to.batch_stride + head * to.head_stride, to, positions, channels);
+            }
+        });
+    };
+    element_size == 2 ? copy(std::uint16_t{}) : copy(std::uint32_t{});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(attention_kernels, module) {
+    module.doc() = "Kernels of attention on CPUs; see attention_kernels.pyi.";
+    py::class_<ScoreRule>(module, "ScoreRule")
+        .def(py::init<int64_t, int64_t, int64_t, int64_t, bool, float, std::uintptr_t, std::uintptr_t, int64_t, int64_t,
+                      int64_t, std::uint64_t, double>(),
+             py::arg("batch"), py::arg("heads"), py::arg("queries"), py::arg("keys"), py::arg("causal"),
+             py::arg("scale"), py::arg("diagonals"), py::arg("mask"), py::arg("mask_batch_stride"),
+             py::arg("mask_head_stride"), py::arg("mask_query_stride"), py::arg("seed"), py::arg("dropout"));
+    module.def("softmax", &softmax, py::arg("rule"), py::arg("dtype"), py::arg("scores"), py::arg("dropped"),
+               py::arg("statistics"), py::arg("known"), py::arg("threads"));
+    module.def("dropout", &dropout, py::arg("rule"), py::arg("dtype"), py::arg("probabilities"), py::arg("dropped"),
+               py::arg("threads"));
+    module.def("softmax_backward", &softmax_backward, py::arg("rule"), py::arg("dtype"), py::arg("probabilities"),
+               py::arg("gradients"), py::arg("diagonals"), py::arg("threads"));
+    module.def("copy_heads", &copy_heads, py::arg("element_size"), py::arg("source"), py::arg("source_strides"),
+               py::arg("target"), py::arg("target_strides"), py::arg("batch"), py::arg("positions"), py::arg("heads"),
+               py::arg("channels"), py::arg("threads"));
+}

@@ -1,17 +1,275 @@
-"""Attention on CPUs as one operator. (Its author replaces this file; until then nothing is supported.)"""
+"""Attention on CPUs as one operator with a backward pass of its own.
+
+The products are torch's; what lies between them is one pass over the scores, in place (attention_kernels.cpp). A bias
+that depends on the distance of key and query stays a vector throughout. Dropout keeps no mask: its random bits are a
+function of a seed and the place, and the backward pass computes them again.
+
+Shapes: b batch, n heads, q queries, k keys, s either, d channels of a head.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+# The kernels resolve OpenMP's symbols in the runtime that torch has loaded by now: one pool of threads, not two.
+from megatron.core.extensions import attention_kernels as kernels
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+LIBRARY = torch.library.Library("megatron_t5", "FRAGMENT")
+LIBRARY.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? diagonals, Tensor? mask, Tensor? seed, bool causal, "
+    "float scale, float dropout, bool recompute) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor probabilities, "
+    "Tensor statistics, Tensor? diagonals, Tensor? mask, Tensor? seed, bool causal, float scale, float dropout, "
+    "bool diagonals_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `attention` computes with tensors of this device and dtype."""
-    return False
+    return device.type == "cpu" and dtype in DTYPES
 
 
-def attention(*arguments: Any, **options: Any) -> torch.Tensor:
-    """To come."""
-    raise NotImplementedError
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    diagonals: Tensor | None,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    recompute: bool = False,
+) -> Tensor:
+    """Softmax attention with an additive bias.
+
+    Args:
+        query: `[b, q, n, d]`, fp32 or bf16, any strides.
+        key: `[b, k, n, d]`.
+        value: `[b, k, n, d]`.
+        diagonals: fp32 `[n, q + k - 1]`, added to the scores by ascending key - query, or None.
+        mask: Added to the scores, `[b or 1, n or 1, q or 1, k]`, or None; gets no gradient.
+        causal: Keys after the query get no probability, and their scores are never looked at.
+        scale: Multiplies the scores.
+        dropout: Share of the probabilities that is dropped, in steps of 2^-16.
+        recompute: The backward pass computes the probabilities again: one product and one exponential of the scores.
+
+    Returns:
+        `[b, q, n, d]`, contiguous.
+    """
+    assert supports(query.device, query.dtype), (query.device, query.dtype)
+    # Drawn from torch's generator, so that what restores its state for a recomputation gets the same dropout.
+    seed = torch.randint(2**62, (1,)) if dropout > 0.0 else None
+    inputs = (query, key, value, diagonals, mask, seed, causal, scale, dropout, recompute)
+    context: Tensor = torch.ops.megatron_t5.attention(*inputs)[0]
+    return context
+
+
+class _Scores(NamedTuple):
+    """Sizes of the scores `[b n, q, k]` and the kernels over them; tensors stay alive as long as their addresses."""
+
+    rule: kernels.ScoreRule
+    tensors: tuple[Tensor | None, ...]
+    dtype: str
+    dropped: bool
+
+    @staticmethod
+    def of(
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        diagonals: Tensor | None,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout: float,
+    ) -> _Scores:
+        batch, heads, queries, keys = shape
+        diagonals_address, mask_address, strides = 0, 0, [0, 0, 0]
+        if diagonals is not None:
+            assert diagonals.dtype == torch.float32 and diagonals.shape == (heads, queries + keys - 1), diagonals.shape
+            diagonals = diagonals.contiguous()
+            diagonals_address = diagonals.data_ptr()
+        if mask is not None:
+            assert mask.ndim == 4 and mask.shape[3] == keys, mask.shape
+            assert all(size in (1, whole) for size, whole in zip(mask.shape, shape, strict=True)), (mask.shape, shape)
+            mask = mask.float().contiguous()
+            mask_address = mask.data_ptr()
+            strides = [0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride(), strict=False)]
+        assert (seed is not None) == (dropout > 0.0)
+        drawn = 0 if seed is None else int(seed)
+        rule = kernels.ScoreRule(
+            batch, heads, queries, keys, causal, scale, diagonals_address, mask_address, *strides, drawn, dropout
+        )
+        return _Scores(rule, (diagonals, mask), DTYPES[dtype], dropout > 0.0)
+
+    def softmax_(self, scores: Tensor, statistics: Tensor, known: bool, dropped: Tensor | None = None) -> None:
+        """Scores to probabilities, in place; see attention_kernels.pyi."""
+        address = 0 if dropped is None else dropped.data_ptr()
+        threads = torch.get_num_threads()
+        kernels.softmax(self.rule, self.dtype, scores.data_ptr(), address, statistics.data_ptr(), known, threads)
+
+    def after_dropout(self, probabilities: Tensor) -> Tensor:
+        """The probabilities that multiply the values."""
+        if not self.dropped:
+            return probabilities
+        dropped = torch.empty_like(probabilities)
+        threads = torch.get_num_threads()
+        kernels.dropout(self.rule, self.dtype, probabilities.data_ptr(), dropped.data_ptr(), threads)
+        return dropped
+
+    def softmax_backward_(self, probabilities: Tensor, gradients: Tensor, diagonals: Tensor | None) -> None:
+        """Gradients of probabilities to those of scores, in place."""
+        address = 0 if diagonals is None else diagonals.data_ptr()
+        threads = torch.get_num_threads()
+        kernels.softmax_backward(
+            self.rule, self.dtype, probabilities.data_ptr(), gradients.data_ptr(), address, threads
+        )
+
+
+def _copy_heads(source: Tensor, target: Tensor) -> None:
+    """Copies between two layouts of `[b, s, n, d]`."""
+    batch, positions, heads, channels = source.shape
+    kernels.copy_heads(
+        source.element_size(), source.data_ptr(), source.stride(), target.data_ptr(), target.stride(),
+        batch, positions, heads, channels, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _to_heads(tensor: Tensor) -> Tensor:
+    """`[b, s, n, d]` to a contiguous `[b n, s, d]`: products of such are faster than of strided ones, copy included."""
+    batch, positions, heads, channels = tensor.shape
+    result = tensor.new_empty(batch, heads, positions, channels)
+    _copy_heads(tensor, result.transpose(1, 2))
+    return result.flatten(0, 1)
+
+
+def _from_heads(tensor: Tensor, batch: int) -> Tensor:
+    """`[b n, s, d]`, any strides, to a contiguous `[b, s, n, d]`."""
+    by_head = tensor.unflatten(0, (batch, -1)).transpose(1, 2)  # [b, s, n, d]
+    result = torch.empty_like(by_head, memory_format=torch.contiguous_format)
+    _copy_heads(by_head, result)
+    return result
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    diagonals: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    recompute: bool,
+) -> tuple[Tensor, ...]:
+    batch, queries, heads, _ = query.shape
+    shape = (batch, heads, queries, key.shape[1])
+    rules = _Scores.of(shape, query.dtype, diagonals, mask, seed, causal, scale, dropout)
+    query, key, value = _to_heads(query), _to_heads(key), _to_heads(value)
+    scores = torch.bmm(query, key.transpose(1, 2))  # [b n, q, k]
+    statistics = torch.empty(*scores.shape[:2], 2, dtype=torch.float32)
+    dropped = torch.empty_like(scores) if dropout else None
+    rules.softmax_(scores, statistics, known=False, dropped=dropped)
+    context = _from_heads(torch.bmm(scores if dropped is None else dropped, value), batch)
+    return context, query, key, value, scores.new_empty(0) if recompute else scores, statistics
+
+
+def _backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    probabilities: Tensor,
+    statistics: Tensor,
+    diagonals: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    diagonals_gradient: bool,
+) -> tuple[Tensor, ...]:
+    batch, queries, heads, _ = gradient.shape
+    shape = (batch, heads, queries, key.shape[1])
+    rules = _Scores.of(shape, gradient.dtype, diagonals, mask, seed, causal, scale, dropout)
+    if not probabilities.numel():
+        probabilities = torch.bmm(query, key.transpose(1, 2))
+        rules.softmax_(probabilities, statistics, known=True)
+    gradient = _to_heads(gradient)  # [b n, q, d]
+    value_gradient = torch.bmm(rules.after_dropout(probabilities).transpose(1, 2), gradient)  # [b n, k, d]
+    scores_gradient = torch.bmm(gradient, value.transpose(1, 2))  # [b n, q, k], of the probabilities at first
+    sums = torch.empty(heads, queries + key.shape[1] - 1, dtype=torch.float32) if diagonals_gradient else None
+    rules.softmax_backward_(probabilities, scores_gradient, sums)
+    query_gradient = torch.bmm(scores_gradient, key)
+    key_gradient = torch.bmm(scores_gradient.transpose(1, 2), query)
+    gradients = (_from_heads(tensor, batch) for tensor in (query_gradient, key_gradient, value_gradient))
+    return (*gradients, statistics.new_empty(0) if sums is None else sums)
+
+
+def _fake_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    diagonals: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    recompute: bool,
+) -> tuple[Tensor, ...]:
+    batch, queries, heads, channels = query.shape
+    keys = key.shape[1]
+    by_head = (
+        query.new_empty(batch * heads, queries, channels),
+        query.new_empty(batch * heads, keys, channels),
+        query.new_empty(batch * heads, keys, channels),
+    )
+    probabilities = query.new_empty(0) if recompute else query.new_empty(batch * heads, queries, keys)
+    statistics = query.new_empty(batch * heads, queries, 2, dtype=torch.float32)
+    return query.new_empty(query.shape), *by_head, probabilities, statistics
+
+
+def _fake_backward(gradient: Tensor, query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    batch, queries, heads, channels = gradient.shape
+    keys, diagonals_gradient = key.shape[1], arguments[-1]
+    diagonals = (heads, queries + keys - 1) if diagonals_gradient else (0,)
+    return (
+        gradient.new_empty(batch, queries, heads, channels),
+        gradient.new_empty(batch, keys, heads, channels),
+        gradient.new_empty(batch, keys, heads, channels),
+        gradient.new_empty(diagonals, dtype=torch.float32),
+    )
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    diagonals, mask, seed, *options, _ = inputs[3:]
+    ctx.save_for_backward(*output[1:], diagonals, mask, seed)
+    ctx.options = options
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 10
+    wanted = ctx.needs_input_grad[3]
+    result = torch.ops.megatron_t5.attention_backward(gradient, *ctx.saved_tensors, *ctx.options, wanted)
+    return *result[:3], result[3] if wanted else None, *(None,) * 6
+
+
+LIBRARY.impl("attention", _forward, "CPU")
+LIBRARY.impl("attention_backward", _backward, "CPU")
+torch.library.register_fake("megatron_t5::attention", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("megatron_t5::attention_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd(
+    "megatron_t5::attention", _differentiate, setup_context=_keep_for_backward, lib=LIBRARY
+)
