@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from megatron.core.transformer.elementwise import activate, gated_activation
 from megatron.core.transformer.initialization import matrix_init, residual_output_init
 from megatron.core.transformer.precision import residual_dtype
-
-
-def activate(x: Tensor, name: str) -> Tensor:
-    """ReLU, GELU in its tanh form (as all of T5 has it) or SiLU, by the config's name, `gated-` or not."""
-    if name == "relu":
-        return F.relu(x)
-    return F.silu(x) if name == "gated-silu" else F.gelu(x, approximate="tanh")
 
 
 class MLP(nn.Module):
@@ -66,10 +59,5 @@ class MLP(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """`[b, s', h]` to `[b, s', h]`, s' this rank's part of the sequence under sequence parallelism."""
         inner = self.wi(hidden)
-        if self.gated:
-            # [b, s, 2 f'] -> [2, b, s, f']: the activation loses more time on strided input than this copy takes.
-            gate, up = inner.unflatten(-1, (-1, 2)).movedim(-1, 0).contiguous()
-            inner = activate(gate, self.activation) * up
-        else:
-            inner = activate(inner, self.activation)
-        return self.wo(self.tensor_parallel.dropout(inner, self.dropout, self.training))
+        activated = gated_activation(inner, self.activation) if self.gated else activate(inner, self.activation)
+        return self.wo(self.tensor_parallel.dropout(activated, self.dropout, self.training))

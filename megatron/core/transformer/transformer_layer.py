@@ -6,13 +6,13 @@ sequences under sequence parallelism, else s and t.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
 from megatron.core.transformer.attention_bias import ScoreBias
+from megatron.core.transformer.elementwise import add_dropout
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.norm import build_norm
 from megatron.core.transformer.relative_position_bias import RelativePositionBias
@@ -48,9 +48,10 @@ class EncoderLayer(_Layer):
 
     def forward(self, hidden: Tensor, bias: ScoreBias, rotary: RotaryAngles | None) -> Tensor:
         """`hidden` `[b, s', h]` to `[b, s', h]`; `bias` is that of its scores `[b, n, s, s]`."""
+        p = self.dropout if self.training else 0.0
         attended = self.self_attention(self.self_attention_norm(hidden), self.own_bias(bias), rotary)
-        hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        return hidden + F.dropout(self.mlp(self.mlp_norm(hidden)), self.dropout, self.training)
+        hidden, normed = self.mlp_norm.add(hidden, attended, p)
+        return add_dropout(hidden, self.mlp(normed), p)
 
 
 class DecoderLayer(_Layer):
@@ -77,11 +78,12 @@ class DecoderLayer(_Layer):
 
         `bias` is that of the scores `[b, n, t, t]` and hides future keys, `cross_bias` that of `[b, n, t, s]`.
         """
+        p = self.dropout if self.training else 0.0
         attended = self.self_attention(self.self_attention_norm(hidden), self.own_bias(bias), rotary)
-        hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        attended = self.cross_attention(self.cross_attention_norm(hidden), encoder_output, cross_bias)
-        hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        return hidden + F.dropout(self.mlp(self.mlp_norm(hidden)), self.dropout, self.training)
+        hidden, normed = self.cross_attention_norm.add(hidden, attended, p)
+        attended = self.cross_attention(normed, encoder_output, cross_bias)
+        hidden, normed = self.mlp_norm.add(hidden, attended, p)
+        return add_dropout(hidden, self.mlp(normed), p)
 
     def step(
         self,

@@ -165,7 +165,7 @@ class Result:
 def run_ours(model, examples, packing=False):
     """The mean loss of our model, whose logits come from a second pass."""
     ids, masks = examples.packed(padding=3) if packing else examples.batch()
-    loss = model(*ids, **masks).loss.cross_entropy.sum() / examples.num_targets
+    loss = model(*ids, **masks).loss.total[0] / examples.num_targets
     loss.backward()
     with torch.no_grad():
         logits = model(*ids[:2], **masks).logits
@@ -228,7 +228,9 @@ def test_bf16(family):
     limit, exact = LIMITS["bf16"], run_theirs(exact, examples)
     assert relative_error(found.logits, expected.logits) < limit
     assert relative_error(found.loss, expected.loss) < limit
-    assert relative_error(found.whole_gradient, expected.whole_gradient) < limit
+    # What is left between two roundings of one gradient is the sum of both errors.
+    of_theirs = relative_error(expected.whole_gradient, exact.whole_gradient)
+    assert relative_error(found.whole_gradient, exact.whole_gradient) < min(limit, 1.1 * of_theirs)
     for name, gradient in exact.gradients.items():
         of_theirs = relative_error(expected.gradients[name], gradient)
         assert relative_error(found.gradients[name], gradient) < 2 * max(limit, of_theirs), name

@@ -140,14 +140,39 @@ def test_rotary_scores_depend_on_the_difference_of_positions_only():
     torch.testing.assert_close(scores[0, 0], query @ key)
 
 
-def test_rms_norm_takes_fp32_statistics_and_multiplies_after_the_cast():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_takes_fp32_statistics(dtype):
     norm = RMSNorm(64, 1e-6)
     initialize_parameters(norm, seed=0)
     norm.weight.data.copy_(torch.linspace(0.5, 2.0, 64))
-    x = (300 * torch.randn(3, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
-    wide = x.float()
-    expected = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).bfloat16() * norm.weight.bfloat16()
-    assert torch.equal(norm(x), expected)
+    x = (300 * torch.randn(3, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
+    wide = x.double()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * norm.weight.double()
+    roundings = 1 if dtype == torch.bfloat16 else 2
+    torch.testing.assert_close(norm(x).double(), expected, rtol=roundings * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+def test_a_norm_of_a_sum_equals_the_sum_and_its_norm(dtype, kind):
+    norm = kind(24, 1e-6)
+    initialize_parameters(norm, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    residual, branch = (torch.randn(2, 3, 24, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    total, normed = norm.add(residual, branch, 0.0)
+    assert total.dtype == normed.dtype == dtype
+    torch.testing.assert_close(total, residual + branch)
+    torch.testing.assert_close(
+        normed, norm(residual + branch), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
+    (total.square().sum() + normed.sin().sum()).backward()
+    found = [residual.grad.clone(), norm.weight.grad.clone()]
+    assert torch.equal(branch.grad, found[0])
+    residual.grad = norm.weight.grad = None
+    total = residual + branch
+    (total.square().sum() + norm(total).sin().sum()).backward()
+    tolerance = {"rtol": 3e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found, [residual.grad, norm.weight.grad], **tolerance)
 
 
 def test_layer_norm_starts_as_standardisation():

@@ -1,0 +1,43 @@
+"""What stands between the matrix products: dropout, residual additions, activations.
+
+Each is one operator on CPUs (`core.extensions.cpu_elementwise`) and torch's operations elsewhere and for other dtypes.
+Dropout is that of activations which are equal on all tensor-parallel ranks, or divided along the sequence; for others
+see `TensorParallel.dropout`.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.core.extensions import cpu_elementwise
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """`x` with each element dropped with probability `p`, the others scaled up."""
+    if p == 0.0:
+        return x
+    return cpu_elementwise.dropout(x, p) if cpu_elementwise.supports(x) else F.dropout(x, p)
+
+
+def add_dropout(residual: Tensor, branch: Tensor, p: float) -> Tensor:
+    """`residual + dropout(branch, p)`."""
+    if p > 0.0 and residual.dtype == branch.dtype and cpu_elementwise.supports(branch):
+        return cpu_elementwise.dropout_add(residual, branch, p)
+    return residual + dropout(branch, p)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """ReLU, GELU in its tanh form (as all of T5 has it) or SiLU, by the config's name, `gated-` or not."""
+    if name == "relu":
+        return F.relu(x)
+    return F.silu(x) if name == "gated-silu" else F.gelu(x, approximate="tanh")
+
+
+def gated_activation(x: Tensor, name: str) -> Tensor:
+    """`activation(gate) * up` of `[..., 2 f]`, rows `(unit, gate|up)`, to `[..., f]`."""
+    if cpu_elementwise.supports(x):
+        return cpu_elementwise.gated_activation(x, name)
+    # [..., 2 f] -> [2, ..., f]: the activation loses more time on strided input than this copy takes.
+    gate, up = x.unflatten(-1, (-1, 2)).movedim(-1, 0).contiguous()
+    return activate(gate, name) * up
