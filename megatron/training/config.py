@@ -159,8 +159,30 @@ class LoggingConfig:
     device_peak_tflops: float | None = None
     """Peak of one device in TFLOP/s, for model FLOPs utilisation. Default: known for common GPUs, else not reported."""
 
+    profile: bool = False
+    """Record steps with torch's profiler: a Chrome trace of each rank, and a summary of where their time goes."""
+    profile_step_start: int = 10
+    """First step to record."""
+    profile_step_end: int = 12
+    """The step before which the recording ends."""
+    profile_ranks: list[str] | None = None
+    """Ranks that record. Default: all."""
+    profile_dir: str | None = None
+    """Directory for the traces. Default: profile in the --save directory, or here."""
+
     def __post_init__(self) -> None:
-        require_positive(self, "log_interval", "device_peak_tflops")
+        require_positive(self, "log_interval", "device_peak_tflops", "profile_step_start")
+        if self.profile_step_end <= self.profile_step_start:
+            raise UserError(
+                f"--profile-step-end {self.profile_step_end} is not beyond --profile-step-start "
+                f"{self.profile_step_start}; the recording ends before it, choose a later one"
+            )
+        for rank in self.profile_ranks or ():
+            if not rank.isdecimal():
+                raise UserError(f"--profile-ranks {rank} is no rank; give numbers, which count from 0")
+        for name in ("profile_ranks", "profile_dir"):
+            if getattr(self, name) is not None and not self.profile:
+                raise UserError(f"{flag_name(name)} needs --profile; add it or remove the flag")
 
 
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {

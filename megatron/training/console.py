@@ -40,4 +40,7 @@ def progress_line(row: dict[str, Any], total_iterations: int, eta_s: float) -> s
         f"{row['tflops_per_s']:.3g} TFLOP/s" + (f" ({row['mfu']:.1%} MFU)" if row["mfu"] is not None else ""),
         f"ETA {format_duration(eta_s)}",
     ]
+    if "profiled_steps" in row:
+        steps = row["profiled_steps"]
+        parts.append(f"{steps} step{'s' * (steps > 1)} slowed by the profiler")
     return " | ".join(parts)

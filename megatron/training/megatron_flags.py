@@ -150,7 +150,9 @@ MEGATRON_FLAGS: dict[str, NoEffect | Refused | Translated] = {
     "--deterministic-mode": Refused(
         "on CPUs every run is deterministic; on GPUs this version cannot promise it; remove it"
     ),
-    "--profile": Refused("profiling is not supported in this version; remove it"),
+    "--use-pytorch-profiler": NoEffect("torch's profiler is what --profile uses"),
+    "--nvtx-ranges": NoEffect("--profile names the phases of a step in its trace"),
+    "--record-memory-history": Refused("memory is not recorded in this version; see --dry-run for what a rank needs"),
     "--skip-train": Refused("evaluation alone is not supported in this version; remove it"),
     "--distribute-saved-activations": Refused("use --sequence-parallel, which divides them already"),
     "--num-layers-per-virtual-pipeline-stage": Refused(

@@ -41,6 +41,7 @@ class StepWindow:
         """Begin a new window now."""
         self._steps: list[tuple[int, list[tuple[int, int]]]] = []
         self._totals: list[torch.Tensor] = []  # of each step: cross-entropy, z-loss, targets
+        self._profiled = 0
         self.data_wait_s = 0.0
         self.start = time.perf_counter()
 
@@ -54,7 +55,12 @@ class StepWindow:
         self.start += seconds
 
     def add_step(
-        self, iteration: int, sample_ranges: list[tuple[int, int]], num_targets: torch.Tensor, sums: torch.Tensor
+        self,
+        iteration: int,
+        sample_ranges: list[tuple[int, int]],
+        num_targets: torch.Tensor,
+        sums: torch.Tensor,
+        profiled: bool = False,
     ) -> None:
         """Add a step.
 
@@ -63,12 +69,14 @@ class StepWindow:
             sample_ranges: Ids of its samples, as inclusive ranges.
             num_targets: Target tokens on this rank, 0-dimensional.
             sums: Its sums of cross-entropy and z-loss on this rank, `[2]`.
+            profiled: Whether a profiler slowed it down.
         """
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         if self.counts:
             totals[:2], totals[2] = sums, num_targets
         self._steps.append((iteration, sample_ranges))
         self._totals.append(totals)
+        self._profiled += profiled
 
     def row(self, context: ParallelContext) -> tuple[dict[str, Any], list[StepLoss]]:
         """What is reported, and the steps one by one; begins the next window. All ranks call it together.
@@ -93,6 +101,8 @@ class StepWindow:
             "step_time_ms": elapsed_ms / len(by_step),
             "data_wait_ms": self.data_wait_s * 1e3 / len(by_step),
         }
+        if self._profiled:
+            values["profiled_steps"] = self._profiled
         losses = [
             StepLoss(iteration, sums[0] / sums[2], ranges)
             for (iteration, ranges), sums in zip(self._steps, by_step, strict=True)

@@ -31,14 +31,15 @@ from megatron.training.checkpointing import (
 )
 from megatron.training.config import RunConfig
 from megatron.training.consistency import check_equal_on_all_ranks
-from megatron.training.console import format_duration, progress_line, say, warn
+from megatron.training.console import format_duration, say, warn
 from megatron.training.data import TrainingData, fit_vocabulary, open_data, prepare_data
-from megatron.training.epochs import EpochLog
 from megatron.training.evaluation import Evaluator
 from megatron.training.initialize import parallel_context
-from megatron.training.metrics import Sink, build_sinks, device_peak_tflops, peak_memory_gib
 from megatron.training.model_setup import DistributedModel, plan_stages
-from megatron.training.numerics import SkipCounter, SpikeDetector, checked_gradients, describe_nonfinite
+from megatron.training.numerics import SkipCounter, checked_gradients, describe_nonfinite
+from megatron.training.profile_summary import Phase
+from megatron.training.profiling import StepProfiler
+from megatron.training.reports import Reports
 from megatron.training.starting_point import (
     Scope,
     StartingPoint,
@@ -48,7 +49,6 @@ from megatron.training.starting_point import (
     find_starting_point,
     load_starting_point,
 )
-from megatron.training.step_window import StepWindow
 from megatron.training.stopping import Stop, StopControl
 from megatron.training.watchdog import Watchdog
 
@@ -87,7 +87,6 @@ class Trainer:
         self.global_batch_size = training.micro_batch_size * context.dp_size * self.num_microbatches
         self.progress = Progress() if start is None else start.progress
         self.skips = SkipCounter(training.max_consecutive_skips, self.progress.consecutive_skips)
-        self.spikes = SpikeDetector(training.loss_spike_threshold, self.progress.recent_losses)
         # Mistakes that need no model show before there is one.
         self.warnings = [] if start is None else check_compatible(start, config, self.description)
         self._plan()
@@ -103,11 +102,15 @@ class Trainer:
         self.loss_scaler = LossScaler(config.optimizer, enabled=config.compute.fp16)
         self.train_loader = self._loader(data.train, skipped)
         self.prefetcher = Prefetcher(self.train_loader, context.device)
-        self.flops_per_sample = training_flops_per_sequence(config.model, *lengths)
-        self.peak_tflops = device_peak_tflops(context.device, config.logging)
-        self.epochs = EpochLog(data.train, data.corpora, self.progress.next_sample)
-        self.sinks: list[Sink] = []
-        self.window = StepWindow(context.device, counts=self.model.counts_loss)
+        flops_per_sample = training_flops_per_sequence(config.model, *lengths)
+        self.reports = Reports(
+            config, data, context, self.progress, flops_per_sample, self.global_batch_size, self.model.counts_loss
+        )
+        self.window = self.reports.window
+        self.profiler = StepProfiler(config.logging, config.checkpoint.save, context)
+        if self.profiler.never_begins(self.total_iterations):
+            first = config.logging.profile_step_start
+            self.warnings.append(f"--profile-step-start {first} is beyond the last step; nothing will be profiled")
         self.evaluator = Evaluator(config, data, context, self.model, self._loader, lambda: self.stop.poll() != Stop.NO)
         if data.tasks and context.pp_size > 1:
             self.warnings.append(
@@ -160,7 +163,8 @@ class Trainer:
         if self.watchdog is not None:
             self.watchdog.step = self.progress.iteration + 1
         first_sample = self.progress.next_sample
-        batch = self.prefetcher.step_batch(first_sample).to(self.context.device)
+        with self.profiler.phase(Phase.DATA):
+            batch = self.prefetcher.step_batch(first_sample).to(self.context.device)
         self.window.data_wait_s += time.perf_counter() - start
         num_targets = (batch.labels >= 0).sum()
         over_ranks = num_targets.clone()
@@ -171,7 +175,7 @@ class Trainer:
             self.optimizer.zero_grad()
             return False
         ranges = self.train_loader.sample_ranges(first_sample)
-        self.window.add_step(self.progress.iteration + 1, ranges, num_targets, sums)
+        self.window.add_step(self.progress.iteration + 1, ranges, num_targets, sums, self.profiler.is_open)
         self._update(sums)
         return True
 
@@ -181,34 +185,43 @@ class Trainer:
 
         def forward_backward() -> torch.Tensor | None:
             model.seed_dropout(self.progress.iteration)
-            return model.forward_backward(batch, factor, lambda: self.stop.poll() == Stop.AT_ONCE)
+            with self.profiler.phase(Phase.FORWARD_BACKWARD):
+                return model.forward_backward(batch, factor, lambda: self.stop.poll() == Stop.AT_ONCE)
+
+        def finish_gradients() -> None:
+            with self.profiler.phase(Phase.GRADIENT_REDUCTION):
+                model.finish_gradients()
 
         checked = interval is not None and step % interval == 0
         model.overlap_reduction(not checked)  # what each rank computes is compared before it is summed
         if checked:
-            return checked_gradients(forward_backward, model.finish_gradients, self.parameters, self.context, step)
+            return checked_gradients(forward_backward, finish_gradients, self.parameters, self.context, step)
         sums = forward_backward()
         if sums is not None:
-            model.finish_gradients()
+            finish_gradients()
         return sums
 
     def _update(self, loss_sums: torch.Tensor) -> None:
         """Clip, step and advance. A step whose loss or gradient is not finite changes nothing but the counts."""
         scale, progress = self.loss_scaler.scale, self.progress
-        norm = global_grad_norm(self.parameters, self.context, scale, loss_sums)
-        self.window.grad_norm = norm.item()
+        with self.profiler.phase(Phase.CLIP):
+            norm = global_grad_norm(self.parameters, self.context, scale, loss_sums)
+            self.window.grad_norm = norm.item()
+            finite, fault = math.isfinite(self.window.grad_norm), ""
+            if finite:
+                clip_gradients_(self.parameters, norm, self.config.optimizer.clip_grad, scale)
         self.window.learning_rate = self.schedule(self._schedule_position())
-        finite, fault = math.isfinite(self.window.grad_norm), ""
         if finite:
-            clip_gradients_(self.parameters, norm, self.config.optimizer.clip_grad, scale)
             if self.saver is not None:
                 self.saver.wait_for_copies()  # of what the step changes; forward and backward ran beside them
-            self.optimizer.step(self.window.learning_rate)
+            with self.profiler.phase(Phase.OPTIMIZER):
+                self.optimizer.step(self.window.learning_rate)
             self.skips.made()
         else:
             fault = describe_nonfinite(self.parameters, loss_sums, self.context)
         self.loss_scaler.update(found_nonfinite=not finite)
-        self.optimizer.zero_grad()
+        with self.profiler.phase(Phase.OPTIMIZER):
+            self.optimizer.zero_grad()
         progress.iteration += 1
         progress.next_sample = self.train_loader.next_sample(progress.next_sample)
         progress.consumed_samples += self.global_batch_size
@@ -244,13 +257,30 @@ class Trainer:
             say(f"nothing left to do: {self.progress.iteration} steps are done", self.context.is_main)
         try:
             while self.progress.iteration < self.total_iterations and not self.stop.poll():
-                if self.train_step():
-                    self._after_step()
+                self._profile_from(self.progress.iteration + 1)
+                with self.profiler.phase(Phase.STEP):
+                    if self.train_step():
+                        self._after_step()
+                if self.profiler.ends_with(self.progress.iteration):
+                    self._end_profile()
         except NumericalError:
             if not self.window.is_empty:
                 self.report()  # the rows that show how it came to this
             raise
         return self._leave()
+
+    def _profile_from(self, step: int) -> None:
+        """Record this step and those that follow, if it is the first that is to be."""
+        start = time.perf_counter()
+        self.profiler.before_step(step)
+        self.window.leave_out(time.perf_counter() - start)
+
+    def _end_profile(self) -> None:
+        """Write what the profiled steps took."""
+        start = time.perf_counter()
+        if row := self.profiler.finish(self.progress.iteration):
+            self.reports.write({"iteration": self.progress.iteration} | row)
+        self.window.leave_out(time.perf_counter() - start)
 
     def _after_step(self) -> None:
         """Report, evaluate and save when it is time to."""
@@ -264,7 +294,8 @@ class Trainer:
         if step % training.eval_interval == 0 or last:
             self._evaluate(["validation", "test"] if last else ["validation"])
         if saving:
-            self.save()
+            with self.profiler.phase(Phase.CHECKPOINT):
+                self.save()
         if training.exit_interval is not None and step % training.exit_interval == 0:
             self.stop.request(f"--exit-interval {training.exit_interval}")
         self.stop.check_time()
@@ -276,6 +307,8 @@ class Trainer:
         if self.saver is not None:
             self.saver.wait()
         self._note_saves()  # from here on, all ranks know of the same failures
+        if self.profiler.is_open:
+            self._end_profile()
         if not self.window.is_empty:
             self.report()
         tries = self.save_failure is None or self.config.checkpoint.on_save_error == "continue"
@@ -305,37 +338,14 @@ class Trainer:
 
     def report(self) -> None:
         """Write one row about the steps since the last report."""
-        values, steps = self.window.row(self.context)
-        row = values | {
-            "iteration": self.progress.iteration,
-            "consumed_samples": self.progress.consumed_samples,
-            "consumed_tokens": self.progress.consumed_tokens,
-            "skipped_iterations": self.progress.skipped_iterations,
-            "loss_scale": self.loss_scaler.scale,
-            "fill_rate": self.data.train.fill_rate,
-            "memory_gib": peak_memory_gib(self.context.device),
-        }
-        steps_per_s = 1e3 / row["step_time_ms"]
-        per_device = self.flops_per_sample * self.global_batch_size * steps_per_s / self.context.world_size / 1e12
-        row["tokens_per_s"] = steps_per_s * self.global_batch_size * self.data.train.tokens_per_sample
-        row["tflops_per_s"] = per_device
-        row |= self.epochs.row(self.progress.next_sample)
-        row["mfu"] = None if self.peak_tflops is None else per_device / self.peak_tflops
-        self._write(row)
-        for step in steps:
-            if spike := self.spikes.check(step.iteration, step.loss, step.sample_ranges):
-                self._write(spike.row())
-                warn(str(spike), self.context.is_main)
-        self.progress.recent_losses = self.spikes.losses
-        eta_s = (self.total_iterations - self.progress.iteration) / steps_per_s
-        say(progress_line(row, self.total_iterations, eta_s), self.context.is_main)
-        if news := self.epochs.news(self.progress.next_sample):
-            say(news, self.context.is_main)
+        with self.profiler.phase(Phase.REPORT):
+            self.reports.report(self.progress, self.loss_scaler.scale, self.total_iterations)
 
     def _evaluate(self, splits: Sequence[str]) -> None:
         """Evaluate on these splits; the progress remembers those that a wish to stop left out."""
         start = time.perf_counter()
-        self.progress.pending_evaluations = [split for split in splits if not self.evaluate(split)]
+        with self.profiler.phase(Phase.EVALUATION):
+            self.progress.pending_evaluations = [split for split in splits if not self.evaluate(split)]
         self.window.leave_out(time.perf_counter() - start)
 
     def evaluate(self, split: str) -> bool:
@@ -351,7 +361,7 @@ class Trainer:
                 return False
             row |= values
         if len(row) > 1:
-            self._write(row)
+            self.reports.write(row)
         self._keep_best(row)
         return True
 
@@ -392,7 +402,7 @@ class Trainer:
     def _note_saves(self) -> None:
         """Report the saves that have ended; after one that failed, ask to stop unless told otherwise."""
         for outcome in self.saver.outcomes() if self.saver is not None else ():
-            self._write(
+            self.reports.write(
                 {
                     "iteration": outcome.iteration,
                     "checkpoint_pause_ms": outcome.pause_seconds * 1e3,
@@ -409,10 +419,6 @@ class Trainer:
                 self.stop.request(f"checkpoint of step {outcome.iteration} could not be saved")
             else:
                 warn(f"{outcome.error}; training goes on without this checkpoint", self.context.is_main)
-
-    def _write(self, row: dict[str, Any]) -> None:
-        for sink in self.sinks:
-            sink.write(row)
 
     def start(self) -> None:
         """Load the checkpoint that the run starts from, if there is one, and open the reports."""
@@ -438,9 +444,7 @@ class Trainer:
                     unmark_finished(save)
             except OSError as error:
                 raise UserError(f"--save {save}: {error.strerror}; give a directory that can be written") from None
-        self.sinks = build_sinks(
-            self.config.logging, save, iteration, self.progress.pending_evaluations, self.config.to_dict()
-        )
+        self.reports.open(self.progress)
 
     def describe(self) -> str:
         """One line about what is about to happen."""
@@ -468,8 +472,8 @@ class Trainer:
         self.prefetcher.close()
         if self.saver is not None:
             self.saver.close(wait)
-        for sink in self.sinks:
-            sink.close()
+        self.profiler.close()
+        self.reports.close()
 
 
 def stopped(stop: StopControl, iteration: int, config: RunConfig, context: ParallelContext) -> int:
