@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from megatron.core.compilation import compile_layers
 from megatron.core.datasets.loader import TensorBatch
 from megatron.core.distributed import (
     DataParallel,
@@ -84,8 +85,7 @@ def build_stages(
     for stage in stages:
         shard_t5(stage, context)
         if config.compute.compile:
-            for layer in stage.blocks:
-                layer.compile()
+            compile_layers(stage.blocks)
     data_parallel = [DataParallel(stage, context, config.compute, stage.blocks, strategy) for stage in stages]
     return stages, data_parallel
 
@@ -170,9 +170,8 @@ class DistributedModel:
                 return None
             self.data_parallel[0].set_gradient_sync(number == len(microbatches) - 1)
             losses = self.stages[0](**microbatch.inputs()).loss
-            sums = torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])
-            (sums.sum() * factor).backward()
-            totals += sums.detach()
+            (losses.total * factor).backward()
+            totals += torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])
         return totals
 
     def overlap_reduction(self, enabled: bool) -> None:

@@ -42,7 +42,7 @@ def loss_and_gradients(device: str, compute: ComputeConfig, lengths: tuple[int, 
     encoder = torch.randint(3, 384, (3, lengths[0]), generator=generator).to(device)
     labels = torch.randint(3, 384, (3, lengths[1]), generator=generator).to(device)
     losses = model(encoder, labels.roll(1, 1), labels).loss
-    loss = (losses.cross_entropy + losses.z_loss).mean()
+    loss = losses.total[0] / losses.cross_entropy.numel()
     loss.backward()
     gradients = {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
     return gradients | {"loss": loss.detach().cpu()}

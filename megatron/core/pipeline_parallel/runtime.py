@@ -38,7 +38,7 @@ class Plan(Protocol):
 class StageModule(Protocol):
     """A module that takes what the stage before returned, and the whole microbatch as keyword arguments.
 
-    It returns what the next stage takes; the last one returns cross-entropy and z-loss `[b, t]`.
+    It returns what the next stage takes; the last one the losses (`TokenLoss`).
     """
 
     tensor_parallel: TensorParallel
@@ -129,11 +129,11 @@ class Pipeline:
             stages.append(_Stage(module, index, len(self.plan.stages), self.context, messages, self._deferred))
         return build_schedule(self.plan.schedule, stages, self.num_microbatches, loss_fn), stages
 
-    def _loss(self, losses: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-        """What is differentiated of a microbatch's cross-entropy and z-loss `[b, t]`; notes their sums."""
-        sums = torch.stack([loss.sum() for loss in losses])
-        self._sums.append(sums.detach())
-        return sums.sum() * self._factor
+    def _loss(self, losses: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
+        """What is differentiated of a microbatch's losses (`TokenLoss`); notes the sums of its two terms."""
+        cross_entropy, z_loss, total = losses
+        self._sums.append(torch.stack([cross_entropy.sum(), z_loss.sum()]))
+        return total[0] * self._factor
 
 
 class _Stage(PipelineStage):

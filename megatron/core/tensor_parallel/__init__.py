@@ -1,7 +1,7 @@
 """Layers with parameters that may be split over ranks, and the loss over the vocabulary."""
 
-from megatron.core.tensor_parallel.cross_entropy import IGNORED_LABEL, TokenLoss, vocab_cross_entropy
 from megatron.core.tensor_parallel.handle import TensorParallel
+from megatron.core.tensor_parallel.head_loss import IGNORED_LABEL, TokenLoss, head_loss
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     Embedding,
@@ -23,7 +23,7 @@ __all__ = [
     "TokenLoss",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "head_loss",
     "join_logits",
-    "vocab_cross_entropy",
     "vocab_parallel_logits",
 ]

@@ -1,119 +1,84 @@
-"""Cross-entropy over the vocabulary with the z-loss of T5X, one value a token.
+"""Cross-entropy and z-loss of rows of logits, and their gradient in place of the logits.
 
-With `log_z = logsumexp(logits)`, the cross-entropy is `log_z - logits[label]` and the z-loss `weight * log_z**2`. Both
-are computed in fp32 (fp64 for fp64 logits) from the logits as they are, a few rows at a time, so that the only tensors
-of the logits' size are the logits and their gradient.
+With `log_z = logsumexp(logits)`, the cross-entropy of a row is `log_z - logits[label]` and the z-loss of T5X
+`weight * log_z**2`. All arithmetic is fp32 (fp64 for fp64 logits), a few rows at a time, from logits as they are; on
+CPUs in one pass over them (`extensions.cpu_elementwise`).
 
-Where ranks divide the vocabulary, each keeps its own logits: it sends two numbers a token, the logarithm of its part of
-the partition function and the label's logit if it has it, in one all-gather. The backward pass needs nothing.
+Where ranks divide the vocabulary, each has its own part of every row: `label_statistics` gives its part of the two
+numbers a row that the losses are made of, `joined_statistics` puts the parts together.
+
+Shapes: r rows, v vocabulary (of a rank: its part).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron.core.extensions import cpu_elementwise
 from megatron.core.tensor_parallel.handle import TensorParallel
 from megatron.core.tensor_parallel.mappings import all_gather
 
-IGNORED_LABEL = -100
-# Elements handled at once: large enough to fill a GPU, small beside the logits of a training batch.
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
+# Elements handled at once: large enough to fill a GPU, small beside a chunk of logits.
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
-class TokenLoss(NamedTuple):
-    """Unreduced loss terms; the trainer divides their sum by the global number of target tokens.
-
-    Attributes:
-        cross_entropy: `[b, t]` in nats, fp32; 0 where the label is `IGNORED_LABEL`.
-        z_loss: `[b, t]`, fp32, weight included; 0 where the label is `IGNORED_LABEL`.
-    """
-
-    cross_entropy: Tensor
-    z_loss: Tensor
-
-
-def _row_chunks(logits: Tensor) -> Iterator[slice]:
-    """Slices of the rows of `[b * t, vocab]`."""
-    rows = max(1, CHUNK_ELEMENTS.get(logits.device.type, 1 << 22) // logits.shape[1])
+def _row_blocks(logits: Tensor) -> Iterator[slice]:
+    rows = max(1, BLOCK_ELEMENTS.get(logits.device.type, 1 << 22) // logits.shape[1])
     for start in range(0, logits.shape[0], rows):
         yield slice(start, min(start + rows, logits.shape[0]))
 
 
-class _VocabCrossEntropy(torch.autograd.Function):
-    """From logits `[b, t, vocab]` (this rank's part) and labels `[b, t]`.
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the arithmetic on logits of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
-    The outputs are tensors of their own, not views: FSDP2 hooks what a model returns, and a view could lose the hook.
+
+def label_statistics(logits: Tensor, labels: Tensor) -> Tensor:
+    """`[2, r]` of logits `[r, v]` and int64 labels `[r]`: logarithm of the partition function, and the label's logit.
+
+    The latter is 0 where the label is none of `0 ... v - 1`: another rank has it, or nobody.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, z_loss_weight: float, parallel: TensorParallel, first_id: int
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        log_z = torch.empty(labels.shape, dtype=dtype, device=logits.device)
-        flat_logits, flat_log_z = logits.flatten(0, -2), log_z.flatten()
-        for rows in _row_chunks(flat_logits):
-            torch.logsumexp(flat_logits[rows].to(dtype), dim=-1, out=flat_log_z[rows])
-        ignored = labels == IGNORED_LABEL
-        target = labels.masked_fill(ignored, 0).long()
-        elsewhere = None
-        if parallel.size > 1:
-            target = target - first_id
-            elsewhere = (target < 0) | (target >= logits.shape[-1])
-            target = target.masked_fill(elsewhere, 0)
-        label_logits = logits.gather(-1, target[..., None]).squeeze(-1).to(dtype)
-        if elsewhere is not None:
-            own = torch.stack((log_z, label_logits.masked_fill_(elsewhere, 0.0)))  # [2, b, t]
-            every = all_gather(own[None], 0, parallel.group)  # [tp, 2, b, t]
-            log_z, label_logits = every[:, 0].logsumexp(0), every[:, 1].sum(0)
-        ctx.save_for_backward(logits, target, ignored, log_z, elsewhere)
-        ctx.z_loss_weight = z_loss_weight
-        cross_entropy = (log_z - label_logits).masked_fill_(ignored, 0.0)
-        return cross_entropy, (z_loss_weight * log_z.square()).masked_fill_(ignored, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """d logits = softmax * (g_ce + 2 * weight * log_z * g_z) - onehot * g_ce; rows of ignored labels are 0."""
-        logits, target, ignored, log_z, elsewhere = ctx.saved_tensors
-        grad_cross_entropy, grad_z_loss = grads
-        grad_label = grad_cross_entropy.masked_fill(ignored, 0.0)
-        grad_log_z = (grad_label + 2.0 * ctx.z_loss_weight * log_z * grad_z_loss).masked_fill_(ignored, 0.0)
-        if elsewhere is not None:
-            grad_label.masked_fill_(elsewhere, 0.0)
-        # [b, t] -> [b * t, 1] each
-        target, log_z, grad_label, grad_log_z = (x.reshape(-1, 1) for x in (target, log_z, grad_label, grad_log_z))
-        flat_logits = logits.flatten(0, -2)
-        grad_logits = torch.empty_like(flat_logits)
-        for rows in _row_chunks(flat_logits):
-            softmax = (flat_logits[rows] - log_z[rows]).exp_()  # fp32 by promotion
-            softmax.mul_(grad_log_z[rows]).scatter_add_(1, target[rows], -grad_label[rows])
-            grad_logits[rows] = softmax
-        return grad_logits.view(logits.shape), None, None, None, None
+    dtype = statistics_dtype(logits.dtype)
+    statistics = torch.empty(2, len(logits), dtype=dtype, device=logits.device)
+    if cpu_elementwise.supports(logits):
+        cpu_elementwise.softmax_statistics(logits, labels, statistics[0], statistics[1])
+        return statistics
+    for rows in _row_blocks(logits):
+        torch.logsumexp(logits[rows].to(dtype), dim=-1, out=statistics[0, rows])
+    elsewhere = (labels < 0) | (labels >= logits.shape[1])
+    label_logits = logits.gather(1, labels.masked_fill(elsewhere, 0)[:, None]).squeeze(1)
+    statistics[1] = label_logits.masked_fill_(elsewhere, 0.0)
+    return statistics
 
 
-def vocab_cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    z_loss_weight: float = 0.0,
-    tensor_parallel: TensorParallel | None = None,
-    num_embeddings: int | None = None,
-) -> TokenLoss:
-    """Cross-entropy and z-loss of every token, the same on all tensor-parallel ranks.
+def joined_statistics(statistics: Tensor, parallel: TensorParallel) -> Tensor:
+    """The ranks' `[2, r]` of `label_statistics` to those of whole rows, by one all-gather of two numbers a row."""
+    if parallel.size == 1:
+        return statistics
+    every = all_gather(statistics[None], 0, parallel.group)  # [tp, 2, r]
+    return torch.stack((every[:, 0].logsumexp(0), every[:, 1].sum(0)))
+
+
+def logits_gradient_(logits: Tensor, labels: Tensor, log_z: Tensor, label_scale: Tensor, softmax_scale: Tensor) -> None:
+    """Put `softmax * softmax_scale - onehot * label_scale` in the place of the logits `[r, v]`, rounded once.
 
     Args:
-        logits: `[b, t, vocab]`, any floating dtype; of several ranks each has those of `vocab_parallel_logits`.
-        labels: Integer ids `[b, t]`; `IGNORED_LABEL` leaves the token out of the loss and of the gradient.
-        z_loss_weight: Weight of the squared log-partition function.
-        tensor_parallel: The ranks that divide the vocabulary; a single one if not given.
-        num_embeddings: Logits of all ranks together, needed when there are several.
+        logits: This rank's part.
+        labels: int64 `[r]`; the onehot term is left out where a label is none of `0 ... v - 1`.
+        log_z: `[r]`, of the whole rows, as are the scales.
+        label_scale: `[r]`.
+        softmax_scale: `[r]`.
     """
-    parallel = TensorParallel() if tensor_parallel is None else tensor_parallel
-    first_id = 0
-    if parallel.size > 1:
-        assert num_embeddings is not None
-        first_id = parallel.rank * (parallel.round_up(num_embeddings) // parallel.size)
-    return TokenLoss(*_VocabCrossEntropy.apply(logits, labels, z_loss_weight, parallel, first_id))
+    if cpu_elementwise.supports(logits):
+        cpu_elementwise.logits_gradient_(logits, labels, log_z, label_scale, softmax_scale)
+        return
+    elsewhere = (labels < 0) | (labels >= logits.shape[1])
+    target = labels.masked_fill(elsewhere, 0)[:, None]  # [r, 1]
+    label_scale = label_scale.masked_fill(elsewhere, 0.0)[:, None]
+    for rows in _row_blocks(logits):
+        softmax = (logits[rows] - log_z[rows, None]).exp_()  # fp32 by promotion
+        softmax.mul_(softmax_scale[rows, None]).scatter_add_(1, target[rows], -label_scale[rows])
+        logits[rows] = softmax

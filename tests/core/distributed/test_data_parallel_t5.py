@@ -45,7 +45,7 @@ def steps(context, model, parallel, parameters, optimizer, first, last):
         for number, rows in enumerate(ids.split(1)):
             parallel.set_gradient_sync(number == len(ids) - 1)
             terms = model(rows[:, :10], rows[:, 9:15], rows[:, 10:]).loss
-            terms = (terms.cross_entropy + terms.z_loss).sum() / (4 * 6)
+            terms = terms.total[0] / (4 * 6)
             terms.backward()
             loss += terms.detach()
         parallel.reduce_gradients()

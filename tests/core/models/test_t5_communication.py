@@ -42,8 +42,7 @@ def sent_over_a_ring(compute: ComputeConfig, parallel: ParallelConfig) -> float:
         }  # fmt: skip
         batch = {name: torch.zeros(BATCH, length, dtype=torch.int32) for name, length in lengths.items()}
         with CountCollectives() as count:
-            cross_entropy, z_loss = stage(**batch)
-            (cross_entropy.sum() + z_loss.sum()).backward()
+            stage(**batch)[-1].backward()
     finally:
         torch.distributed.destroy_process_group()
     loss = size * 2 * BATCH * DECODER_LENGTH * 4

@@ -95,7 +95,7 @@ def check(model, masks, encoder_ids, decoder_ids, labels):
     assert output.logits is None
     assert output.loss.cross_entropy.shape == (B, T)
     assert output.loss.cross_entropy[labels == -100].eq(0).all() and output.loss.z_loss[labels == -100].eq(0).all()
-    loss = output.loss.cross_entropy.sum() + output.loss.z_loss.sum()
+    loss = output.loss.total[0]
     loss.backward()
     torch.testing.assert_close(loss, expected_loss, rtol=1e-11, atol=1e-11)
     logits = model(encoder_ids, decoder_ids, **masks).logits

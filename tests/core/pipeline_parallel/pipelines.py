@@ -79,10 +79,9 @@ class Reference:
         with torch.device("meta"):
             model = T5Model(config, compute, Z_LOSS_WEIGHT)
         losses = materialize(model)(**batch).loss
-        sums = torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])
-        (sums.sum() * FACTOR).backward()
-        self.sums = sums.detach()
-        self.cross_entropy = losses.cross_entropy.detach()
+        (losses.total * FACTOR).backward()
+        self.sums = torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])
+        self.cross_entropy = losses.cross_entropy
         self.gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

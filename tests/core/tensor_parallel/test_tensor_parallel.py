@@ -1,4 +1,6 @@
-"""Mappings, embedding and cross-entropy on several ranks."""
+"""Mappings, and the head with its loss, on several ranks."""
+
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -8,11 +10,12 @@ from megatron.core.parallel_state import ParallelContext
 from megatron.core.tensor_parallel import (
     IGNORED_LABEL,
     TensorParallel,
+    head_loss,
     join_logits,
     mappings,
-    vocab_cross_entropy,
     vocab_parallel_logits,
 )
+from megatron.core.tensor_parallel.head_loss import CHUNK_BYTES
 from tests.distributed import run_distributed
 
 
@@ -56,7 +59,7 @@ def check_mappings(rank, dtype):
             assert torch.equal(gradient, before), mapping.__name__
 
 
-def check_cross_entropy(parallel, num_embeddings):
+def check_head_loss(parallel, num_embeddings, chunk_bytes):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, 5, 4, dtype=torch.float64, generator=generator)
     whole = torch.randn(parallel.round_up(num_embeddings), 4, dtype=torch.float64, generator=generator)
@@ -66,13 +69,17 @@ def check_cross_entropy(parallel, num_embeddings):
     weight = mappings.own_part(whole, 0, parallel.group).requires_grad_()
     local_hidden = hidden.clone().requires_grad_()
     logits = vocab_parallel_logits(parallel.copy(local_hidden), weight, num_embeddings, parallel)
-    found = vocab_cross_entropy(logits, labels, 0.1, parallel, num_embeddings)
-    sum(term.sum() for term in found).backward()
+    with mock.patch.dict(CHUNK_BYTES, cpu=chunk_bytes):
+        found = head_loss(
+            parallel.copy(local_hidden), weight, labels,
+            z_loss_weight=0.1, parallel=parallel, num_embeddings=num_embeddings,
+        )  # fmt: skip
+    found.total.backward()
     valid = whole[:num_embeddings].clone().requires_grad_()
     hidden.requires_grad_()
     all_logits = hidden @ valid.T
-    expected = vocab_cross_entropy(all_logits, labels, 0.1)
-    sum(term.sum() for term in expected).backward()
+    expected = head_loss(hidden, valid, labels, z_loss_weight=0.1)
+    expected.total.backward()
     torch.testing.assert_close(join_logits(logits, num_embeddings, parallel), all_logits)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(local_hidden.grad, hidden.grad)
@@ -85,11 +92,11 @@ def _rank(rank):
     parallel = TensorParallel.of(ParallelContext.create(config, torch.device("cpu")), config)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         check_mappings(rank, dtype)
-    for num_embeddings in (7, 8):
-        check_cross_entropy(parallel, num_embeddings)
+    for num_embeddings, chunk_bytes in ((7, 1 << 20), (8, 1 << 20), (7, 3 * 4 * 8)):
+        check_head_loss(parallel, num_embeddings, chunk_bytes)
 
 
-def test_mappings_and_cross_entropy():
+def test_mappings_and_head_loss():
     run_distributed(_rank, 2)
 
 

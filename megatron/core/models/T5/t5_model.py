@@ -22,14 +22,15 @@ from torch.utils.checkpoint import checkpoint
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.errors import UserError
 from megatron.core.models.T5.t5_units import Units
+from megatron.core.parameters import local_tensor
 from megatron.core.tensor_parallel import (
     Embedding,
     TensorParallel,
     TokenLoss,
     VocabParallelEmbedding,
     VocabParallelHead,
+    head_loss,
     join_logits,
-    vocab_cross_entropy,
     vocab_parallel_logits,
 )
 from megatron.core.transformer.attention import choose_backend
@@ -53,7 +54,7 @@ class T5Output(NamedTuple):
 
     Attributes:
         logits: `[b, t, V]` in the compute dtype; None when labels were given.
-        loss: Unreduced loss terms `[b, t]`; None without labels.
+        loss: Loss terms `[b, t]` and their sum, which can be differentiated; None without labels.
         encoder_output: `[b, s', h]`.
     """
 
@@ -422,10 +423,15 @@ class T5Model(nn.Module):
         return join_logits(logits, self.config.padded_vocab_size, self.tensor_parallel)
 
     def token_losses(self, decoder_output: Tensor, labels: Tensor) -> TokenLoss:
-        """Loss terms `[b, t]` of the decoder output `[b, t', h]` and labels `[b, t]`."""
-        logits = self._rank_logits(self._head_input(decoder_output, labels.shape[1]))
-        return vocab_cross_entropy(
-            logits, labels, self.z_loss_weight, self.tensor_parallel, self.config.padded_vocab_size
+        """Losses of the decoder output `[b, t', h]` and labels `[b, t]`, without the logits ever being there whole."""
+        return head_loss(
+            self._head_input(decoder_output, labels.shape[1]),
+            local_tensor(self._head_table()),
+            labels,
+            z_loss_weight=self.z_loss_weight,
+            parallel=self.tensor_parallel,
+            num_embeddings=self.config.padded_vocab_size,
+            logit_scale=self.logit_scale,
         )
 
     def _head_input(self, decoder_output: Tensor, length: int) -> Tensor:
@@ -433,12 +439,15 @@ class T5Model(nn.Module):
         hidden = self.tensor_parallel.enter(decoder_output)
         return hidden if hidden.shape[1] == length else hidden[:, :length]
 
+    def _head_table(self) -> Tensor:
+        """`[V, h]`, maybe a DTensor."""
+        return (self.embedding.word_embeddings if self.lm_head is None else self.lm_head).weight
+
     def _rank_logits(self, hidden: Tensor) -> Tensor:
         """`[b, t, h]` to this rank's logits `[b, t, V']`."""
-        table = self.embedding.word_embeddings if self.lm_head is None else self.lm_head
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
-        return vocab_parallel_logits(hidden, table.weight, self.config.padded_vocab_size, self.tensor_parallel)
+        return vocab_parallel_logits(hidden, self._head_table(), self.config.padded_vocab_size, self.tensor_parallel)
 
     def forward(
         self,
@@ -451,7 +460,7 @@ class T5Model(nn.Module):
         encoder_segment_ids: Tensor | None = None,
         decoder_segment_ids: Tensor | None = None,
     ) -> T5Output:
-        """Logits, or with labels the unreduced loss.
+        """Logits, or with labels the loss.
 
         Args:
             encoder_input_ids: `[b, s]`, any integer dtype.

@@ -32,7 +32,7 @@ class T5Stage(T5Model):
         encoder_segment_ids: Tensor | None = None,
         decoder_segment_ids: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """What the next stage needs, or from the last stage cross-entropy and z-loss, fp32 `[b, t]` each.
+        """What the next stage needs, or from the last stage its `TokenLoss`.
 
         Args:
             received: What the stage before returned; nothing for the first.
@@ -69,8 +69,7 @@ class T5Stage(T5Model):
             return decoder_hidden, encoder_output.clone()
         if units[-1] < numbers.head:
             return (decoder_hidden,)
-        losses = self.token_losses(decoder_hidden, labels)
-        return losses.cross_entropy, losses.z_loss
+        return self.token_losses(decoder_hidden, labels)
 
     def messages(
         self, *, encoder_input_ids: Tensor, decoder_input_ids: Tensor, labels: Tensor, **masks: Tensor
@@ -79,8 +78,8 @@ class T5Stage(T5Model):
         received = self._message(self.units[0], encoder_input_ids, decoder_input_ids)
         if self.units[-1] < Units.of(self.config).head:
             return received, self._message(self.units[-1] + 1, encoder_input_ids, decoder_input_ids)
-        losses = torch.empty(labels.shape, dtype=torch.float32, device="meta", requires_grad=True)  # [b, t]
-        return received, (losses, losses)
+        losses = torch.empty(labels.shape, dtype=torch.float32, device="meta")  # [b, t]
+        return received, (losses, losses, torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True))
 
     def _message(self, unit: int, encoder_input_ids: Tensor, decoder_input_ids: Tensor) -> tuple[Tensor, ...]:
         """What is sent to the stage that begins with `unit`."""
