@@ -61,11 +61,13 @@ class Adafactor(Optimizer):
                 self.full_moment[index] = torch.zeros_like(parameter).detach()
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, divisor: torch.Tensor | None = None) -> None:
         """Update the parameters in place; the gradients become the unscaled updates."""
         self.step_count += 1
         beta2 = 1.0 - self.step_count.item() ** -self.decay_rate
         parameters, gradients = self.local_parameters(), self.local_gradients()
+        if divisor is not None:
+            torch._foreach_div_(gradients, divisor.to(gradients[0].dtype))
         views, updates = self.matrices.views(parameters), self.matrices.views(gradients)
         rms = self._update_moments(beta2, views, gradients)
         for index in self.full:

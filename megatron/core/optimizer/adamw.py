@@ -33,17 +33,23 @@ class AdamW(Optimizer):
         self.held = [index for index, state in enumerate(self.local_exp_avg) if state.numel()]
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, divisor: torch.Tensor | None = None) -> None:
         """Update the parameters in place."""
         self.step_count += 1
         parameters, gradients = self.local_parameters(), self.local_gradients()
         for decays in (True, False):
             indices = [i for i in self.held if self.specs[i].weight_decay == decays]
             weight_decay = self.config.weight_decay if decays else 0.0
-            self._fused(indices, [parameters[i] for i in indices], gradients, lr, weight_decay)
+            self._fused(indices, [parameters[i] for i in indices], gradients, divisor, lr, weight_decay)
 
     def _fused(
-        self, indices: list[int], targets: list[torch.Tensor], gradients: list[torch.Tensor], lr: float, decay: float
+        self,
+        indices: list[int],
+        targets: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        divisor: torch.Tensor | None,
+        lr: float,
+        decay: float,
     ) -> None:
         """One AdamW step of `targets` with the gradients and moments of the parameters `indices`."""
         if not indices:
@@ -62,6 +68,7 @@ class AdamW(Optimizer):
             eps=self.config.adam_eps,
             amsgrad=False,
             maximize=False,
+            grad_scale=None if divisor is None else divisor.float(),
         )
 
     def parameter_state(self, index: int) -> dict[str, torch.Tensor]:

@@ -45,7 +45,7 @@ class AdamWScale(AdamW):
         self.buffer = self.local_exp_avg[0].new_empty(max(sizes, default=0))
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, divisor: torch.Tensor | None = None) -> None:
         """Update the parameters in place."""
         self.step_count += 1
         parameters, gradients = self.local_parameters(), self.local_gradients()
@@ -61,5 +61,5 @@ class AdamWScale(AdamW):
             buffer = self.buffer[: sum(sizes)].zero_()
             updates = [u.view_as(views[i]) for i, u in zip(bucket, buffer.split(sizes), strict=True)]
             shaped = [u.view_as(parameters[i]) for i, u in zip(bucket, updates, strict=True)]
-            self._fused(bucket, shaped, gradients, lr=1.0, decay=0.0)
+            self._fused(bucket, shaped, gradients, divisor, lr=1.0, decay=0.0)
             torch._foreach_addcmul_([views[i] for i in bucket], updates, [scales[i] for i in bucket], value=lr)

@@ -66,8 +66,13 @@ class Optimizer(ABC):
         self.contributes = [("dp" in a or counts_dp) and ("tp" in a or counts_tp) for a in axes]
 
     @abstractmethod
-    def step(self, lr: float) -> None:
-        """Update the parameters in place with learning rate `lr`; the gradients may be overwritten."""
+    def step(self, lr: float, divisor: torch.Tensor | None = None) -> None:
+        """Update the parameters in place; the gradients may be overwritten.
+
+        Args:
+            lr: Learning rate.
+            divisor: Of all gradients, 0-dimensional: loss scale and clipping, without a pass of their own over them.
+        """
 
     @abstractmethod
     def parameter_state(self, index: int) -> dict[str, torch.Tensor]:

@@ -116,6 +116,22 @@ def reference(optimizer, parameter, gradients, decays, lr=0.01, weight_decay=0.1
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_divisor_of_the_gradients(optimizer, dtype):
+    """Clipping and loss scale on the way; exact for a power of two."""
+    results = []
+    for factor in (1.0, 8.0):
+        model = fused_model(dtype)
+        built = build_optimizer(config(optimizer), model_parameters([model]), CPU)
+        for step in range(1, 4):
+            for name, gradient in values(step, dtype).items():
+                model[name].weight.grad = gradient * factor
+            built.step(0.01, None if factor == 1.0 else torch.tensor(factor, dtype=torch.float64))
+        results.append([parameter.detach() for parameter in model.parameters()])
+    assert all(torch.equal(plain, divided) for plain, divided in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_equals_the_reference_on_each_logical_matrix(optimizer, dtype):
     model = fused_model(dtype)
     train(model, build_optimizer(config(optimizer), model_parameters([model]), CPU), lambda step: values(step, dtype))
