@@ -21,6 +21,30 @@ def cpu_model() -> str:
     )
 
 
+# Instructions of x86 processors that decide how fast 16-bit products are, by Linux' names.
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+
+
+def cpu_features() -> dict[str, bool]:
+    """Which of `INSTRUCTION_SETS` the processor has; empty where Linux does not say so."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), None)
+    return {} if flags is None else {name: name in flags for name in INSTRUCTION_SETS}
+
+
+def machine() -> dict[str, Any]:
+    """The machine at more length than every row has it: also instruction sets, memory and operating system."""
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "instruction_sets": cpu_features(),
+        "memory_gib": round(memory_gib, 1),
+        "system": platform.platform(),
+    }
+
+
 def publish(rows: Iterable[dict[str, Any]], output: Path | None, benchmark: str, **setting: Any) -> None:
     """Print one JSON object a row, each with the machine and the `setting`, and write them to `output` if given."""
     common = {
