@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import resource
 import sys
@@ -113,24 +114,26 @@ class Ours:
         self.context = ParallelContext(choose_device())
         self.model = DistributedModel(config, self.context, None, num_microbatches=1)
         self.optimizer = build_optimizer(config.optimizer, self.model.parameters, self.context)
-        self.clip = config.optimizer.clip_grad if case.clips else None
+        self.clips, self.max_norm = case.clips, config.optimizer.clip_grad
         self.batch = TensorBatch(**batch(case)).to(self.context.device)
         self.factor = 1 / (self.batch.labels >= 0).sum()
 
     def step(self) -> Any:
         """Forward and backward pass and update."""
-        from megatron.core.distributed import clip_gradients_, global_grad_norm
-
         sums = self.model.forward_backward(self.batch, self.factor)
         assert sums is not None
         self.model.finish_gradients()
-        if self.clip is not None:
-            norm = global_grad_norm(self.model.parameters, self.context, 1.0, sums)
-            norm.item()  # the trainer looks whether it is finite
-            clip_gradients_(self.model.parameters, norm, self.clip, 1.0)
-        self.optimizer.step(LEARNING_RATE)
+        self.optimizer.step(LEARNING_RATE, self._divisor(sums) if self.clips else None)
         self.optimizer.zero_grad()
         return sums[0] * self.factor
+
+    def _divisor(self, sums: Any) -> Any:
+        """What clipping divides the gradients by."""
+        from megatron.core.distributed import global_grad_norm
+
+        norm = global_grad_norm(self.model.parameters, self.context, 1.0, sums)
+        assert math.isfinite(norm.item())  # the trainer looks, too
+        return (norm / self.max_norm).clamp(min=1.0)
 
 
 class Theirs:
