@@ -18,6 +18,7 @@ from megatron.core.distributed import (
     default_sharding_strategy,
     sum_replicated_gradients_,
 )
+from megatron.core.errors import UserError
 from megatron.core.inference.loading import build_inference_model
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_pipeline import StagePlan, choose_plan
@@ -28,6 +29,7 @@ from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import initialize_parameters, local_tensor, model_parameters
 from megatron.core.pipeline_parallel.runtime import Pipeline
 from megatron.core.tensor_parallel import TensorParallel
+from megatron.core.transformer.attention import choose_backend
 from megatron.core.transformer.precision import compute_dtype
 from megatron.training.config import RunConfig
 
@@ -85,9 +87,22 @@ def build_stages(
     for stage in stages:
         shard_t5(stage, context)
         if config.compute.compile:
+            _check_compiled_dropout(config, context)
             compile_layers(stage.blocks)
     data_parallel = [DataParallel(stage, context, config.compute, stage.blocks, strategy) for stage in stages]
     return stages, data_parallel
+
+
+def _check_compiled_dropout(config: RunConfig, context: ParallelContext) -> None:
+    """Raise `UserError` when masks that differ between ranks would be drawn inside of torch's attention."""
+    parallel, dtype = config.parallel, compute_dtype(config.compute) or torch.float32
+    replicated = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
+    backend = choose_backend(config.compute.attention_backend, context.device, dtype)
+    if replicated and backend == "sdpa" and config.model.attention_dropout > 0:
+        raise UserError(
+            "--attention-dropout under tensor parallelism does not compile with --attention-backend sdpa; "
+            "add --sequence-parallel, use --attention-backend unfused, or remove --compile"
+        )
 
 
 class DistributedModel:

@@ -46,6 +46,7 @@ def attention(
     scale: float = 1.0,
     dropout: float = 0.0,
     recompute: bool = False,
+    stream: int = 0,
 ) -> Tensor:
     """Softmax attention with an additive bias.
 
@@ -59,13 +60,14 @@ def attention(
         scale: Multiplies the scores.
         dropout: Share of the probabilities that is dropped, in steps of 2^-16.
         recompute: The backward pass computes the probabilities again: one product and one exponential of the scores.
+        stream: Tells ranks apart that draw the same seed and are to drop different places.
 
     Returns:
         `[b, q, n, d]`, contiguous.
     """
     assert supports(query.device, query.dtype), (query.device, query.dtype)
     # Drawn from torch's generator, so that what restores its state for a recomputation gets the same dropout.
-    seed = torch.randint(2**62, (1,)) if dropout > 0.0 else None
+    seed = torch.randint(2**62, (1,)) + stream if dropout > 0.0 else None
     inputs = (query, key, value, diagonals, mask, seed, causal, scale, dropout, recompute)
     context: Tensor = torch.ops.megatron_t5.attention(*inputs)[0]
     return context
@@ -270,6 +272,4 @@ LIBRARY.impl("attention", _forward, "CPU")
 LIBRARY.impl("attention_backward", _backward, "CPU")
 torch.library.register_fake("megatron_t5::attention", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("megatron_t5::attention_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd(
-    "megatron_t5::attention", _differentiate, setup_context=_keep_for_backward, lib=LIBRARY
-)
+torch.library.register_autograd("megatron_t5::attention", _differentiate, setup_context=_keep_for_backward, lib=LIBRARY)

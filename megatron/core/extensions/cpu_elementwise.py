@@ -158,15 +158,16 @@ class _Dropout(Function):
         return dropped, None, None, gradient if ctx.added else None
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
+def dropout(x: Tensor, p: float, stream: int = 0) -> Tensor:
     """Each element 0 with probability `p`, to the nearest 2**-16, otherwise scaled so that its mean is kept.
 
     Args:
         x: Any shape.
         p: In `[0, 1)`. With 0 the result is `x` itself and nothing is drawn.
+        stream: Tells ranks apart that draw the same seed and are to drop different places.
     """
     assert supports(x) and 0.0 <= p < 1.0, (x.dtype, p)
-    return x if p == 0.0 else _Dropout.apply(x, _seed(), p, None)
+    return x if p == 0.0 else _Dropout.apply(x, _seed() + stream, p, None)
 
 
 def dropout_add(residual: Tensor, x: Tensor, p: float) -> Tensor:

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.config import ParallelConfig
+from megatron.core.extensions import cpu_elementwise
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel.dropout_mask import dropout_mask
 from megatron.core.tensor_parallel.weight_gradients import LinearFunction
 
 
@@ -110,19 +112,34 @@ class TensorParallel:
             self.sequence_parallel, self.linear = before
 
     def dropout(self, x: Tensor, probability: float, training: bool) -> Tensor:
-        """Dropout of a tensor of which each rank has another part: attention probabilities, feed-forward units."""
+        """Dropout of a tensor of which each rank has another part: attention probabilities, feed-forward units.
+
+        Masks differ from rank to rank, but all ranks draw one seed, the same one, from torch's generator of the CPU:
+        nothing but torch's generators has a state, and activation recomputation, which restores those, draws the same
+        masks again. torch.compile takes it as it is.
+        """
         if not training or probability == 0.0:
             return x
-        with self.split_dropout():
+        if cpu_elementwise.supports(x):
+            return cpu_elementwise.dropout(x, probability, self.dropout_stream)
+        if self.size == 1 or self.sequence_parallel:
             return F.dropout(x, probability)
+        return torch.where(dropout_mask(x, probability, self.dropout_stream), x * (1.0 / (1.0 - probability)), 0.0)
+
+    @property
+    def dropout_stream(self) -> int:
+        """What makes masks of divided activations differ between ranks, whose generators are in the same state.
+
+        Under sequence parallelism every activation is divided, and the generators differ (see `seed_dropout`).
+        """
+        return 0 if self.sequence_parallel else self.rank
 
     @contextmanager
     def split_dropout(self) -> Iterator[None]:
-        """Inside, random numbers differ from rank to rank; outside they are equal (and go on so).
+        """Inside, torch's random numbers differ from rank to rank; outside they are equal (and go on so).
 
-        The stream inside is seeded by a draw from the stream outside and the rank, so that nothing but torch's own
-        generators has a state, and activation recomputation, which restores those, draws the same masks again. Under
-        sequence parallelism every activation is split, and all ranks differ everywhere (see `seed_dropout`).
+        For operators that draw masks of divided activations by themselves; otherwise see `dropout`. The stream inside
+        is seeded by a draw from the stream outside and the rank. torch.compile cannot do this.
         """
         if self.size == 1 or self.sequence_parallel:
             yield

@@ -10,8 +10,9 @@ and a split of dimension 0 gives each rank its heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +55,17 @@ def choose_backend(given: str, device: torch.device, dtype: torch.dtype) -> Back
 
 
 def unfused_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dropout: float,
+    drop: Callable[[Tensor, float, bool], Tensor] = F.dropout,
 ) -> Tensor:
     """Attention as matrix products: `query` `[b, n, q, d]`, `key`, `value` `[b, n, k, d]` to `[b, n, q, d]`.
 
+    `drop` is the function for dropout, `torch.nn.functional.dropout` or that of divided heads.
     torch's softmax accumulates in fp32 for bf16 scores, so no explicit cast is needed.
     """
     if scale != 1.0:
@@ -65,7 +73,7 @@ def unfused_attention(
     scores = query @ key.transpose(-1, -2)  # [b, n, q, k]
     if bias is not None:
         scores += bias
-    probabilities = F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0.0)
+    probabilities = drop(scores.softmax(dim=-1), dropout, dropout > 0.0)
     return probabilities @ value
 
 
@@ -114,11 +122,10 @@ class Attention(nn.Module):
         """`query` `[b, q, n, d]`, `key`, `value` `[b, k, n, d]`, `bias` of scores `[b, n, q, k]`: `[b, q', h]`."""
         dropout = self.dropout if self.training else 0.0
         backend = choose_backend(self.backend, query.device, query.dtype)
-        with self.tensor_parallel.split_dropout() if dropout else nullcontext():
-            if backend == "cpu":
-                context = self._attend_on_cpu(query, key, value, bias, dropout)
-            else:
-                context = self._attend(backend, query, key, value, bias, dropout)
+        if backend == "cpu":
+            context = self._attend_on_cpu(query, key, value, bias, dropout)
+        else:
+            context = self._attend(backend, query, key, value, bias, dropout)
         return self.o(context.flatten(2))  # [b, q, n, d] -> [b, q, n d] -> [b, q', h]
 
     def _attend_on_cpu(self, query: Tensor, key: Tensor, value: Tensor, bias: ScoreBias, dropout: float) -> Tensor:
@@ -126,19 +133,26 @@ class Attention(nn.Module):
         return cpu_attention.attention(
             query, key, value, diagonals, bias.mask,
             causal=bias.causal, scale=self.scale, dropout=dropout, recompute=self.recompute,
+            stream=self.tensor_parallel.dropout_stream,
         )  # fmt: skip
 
     def _attend(
         self, backend: Backend, query: Tensor, key: Tensor, value: Tensor, bias: ScoreBias, dropout: float
     ) -> Tensor:
-        attention = unfused_attention if backend == "unfused" else sdpa_attention
         matrix = bias.dense(query.dtype, query.device)
         inputs = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), matrix, self.scale, dropout)
-        if self.recompute and torch.is_grad_enabled():
-            context = checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
-        else:
-            context = attention(*inputs)
-        return context.transpose(1, 2)
+        if backend == "unfused":
+            return self._run(unfused_attention, *inputs, self.tensor_parallel.dropout).transpose(1, 2)
+        with self.tensor_parallel.split_dropout() if dropout else nullcontext():  # torch draws the mask
+            return self._run(sdpa_attention, *inputs).transpose(1, 2)
+
+    def _run(self, attention: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """`attention(*inputs)`, computed again in the backward pass if asked for."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return attention(*inputs)
+        has_dropout = self.training and self.dropout > 0.0
+        result: Tensor = checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=has_dropout)
+        return result
 
 
 def _projection(

@@ -1,0 +1,19 @@
+"""`--compile`: torch.compile of whole layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compile the forward pass of each layer; layers of a class that compute the same share one compiled code.
+
+    Only `forward` is compiled, not the call of the module: what FSDP2 does before and after a layer is no part of
+    it, and stays eager. Whatever cannot be compiled is an error instead of a slow way round it, and every shape is
+    compiled for itself.
+    """
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
