@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -248,15 +250,28 @@ def _row_blocks(start: int, count: int, total: int) -> Iterator[tuple[int, int, 
         yield number, first, min(first + INIT_BLOCK_ROWS, total)
 
 
-@torch.no_grad()
 def initialize_parameters(model: nn.Module, seed: int) -> None:
     """Fill every parameter of `model` in place, deterministically from (seed, name, row), for any sharding."""
     specs = named_parameter_specs(model)
-    for name, parameter in model.named_parameters():
-        _initialize(parameter, specs[name], name, seed)
+    tasks = [
+        task
+        for name, parameter in model.named_parameters()
+        for task in _initialization(parameter.detach(), specs[name], name, seed)
+    ]
+    # A generator yields its numbers one after the other, but each block has its own: threads share the blocks. Within
+    # a block, threads of torch's would cost more than they spare.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads) as pool:
+            for _ in pool.map(lambda task: task(), tasks):
+                pass
+    finally:
+        torch.set_num_threads(num_threads)
 
 
-def _initialize(parameter: torch.Tensor, spec: ParamSpec, name: str, seed: int) -> None:
+def _initialization(parameter: torch.Tensor, spec: ParamSpec, name: str, seed: int) -> Iterator[Callable[[], None]]:
+    """The parts of filling this rank's share of `parameter`; none depends on another."""
     shape = spec.shape_of(parameter)
     if shape != parameter.shape:
         local_tensor(parameter).zero_()
@@ -267,11 +282,15 @@ def _initialize(parameter: torch.Tensor, spec: ParamSpec, name: str, seed: int) 
     scales = torch.tensor(spec.init.scales)[spec.matrix_of_rows(start, count)]
     scales = scales.view(-1, *[1] * (local.ndim - 1))  # [rows, 1, ...]
     if spec.init.distribution == "constant":
-        local.copy_(scales.expand(local.shape))
+        yield partial(local.copy_, scales.expand(local.shape))
         return
-    for number, first, end in _row_blocks(start, count, shape[0]):
+
+    def fill(number: int, first: int, end: int) -> None:
         block = _draw_block(spec, (end - first, *shape[1:]), _seed(seed, name, number))
         if local.ndim > 1:
             block = block.narrow(1, offsets[1], local.shape[1])
         low, high = max(first, start), min(end, start + count)
         local[low - start : high - start].copy_(block[low - first : high - first] * scales[low - start : high - start])
+
+    for number, first, end in _row_blocks(start, count, shape[0]):
+        yield partial(fill, number, first, end)

@@ -34,6 +34,7 @@ from megatron.training.consistency import check_equal_on_all_ranks
 from megatron.training.console import format_duration, say, warn
 from megatron.training.data import TrainingData, fit_vocabulary, open_data, prepare_data
 from megatron.training.evaluation import Evaluator
+from megatron.training.host_memory import keep_freed_memory
 from megatron.training.initialize import parallel_context
 from megatron.training.model_setup import DistributedModel, plan_stages
 from megatron.training.numerics import SkipCounter, checked_gradients, describe_nonfinite
@@ -495,6 +496,7 @@ def pretrain(config: RunConfig, vocab_size_given: bool = False) -> int:
         The exit status: 0 when the run is done, or saved and stopped.
     """
     with parallel_context(config.parallel) as context:
+        keep_freed_memory(context.device)
         return pretrain_in(context, config, vocab_size_given)
 
 
