@@ -87,17 +87,17 @@ def build_stages(
     for stage in stages:
         shard_t5(stage, context)
         if config.compute.compile:
-            _check_compiled_dropout(config, context)
+            check_compiled_dropout(config, context.device)
             compile_layers(stage.blocks)
     data_parallel = [DataParallel(stage, context, config.compute, stage.blocks, strategy) for stage in stages]
     return stages, data_parallel
 
 
-def _check_compiled_dropout(config: RunConfig, context: ParallelContext) -> None:
+def check_compiled_dropout(config: RunConfig, device: torch.device) -> None:
     """Raise `UserError` when masks that differ between ranks would be drawn inside of torch's attention."""
     parallel, dtype = config.parallel, compute_dtype(config.compute) or torch.float32
     replicated = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
-    backend = choose_backend(config.compute.attention_backend, context.device, dtype)
+    backend = choose_backend(config.compute.attention_backend, device, dtype)
     if replicated and backend == "sdpa" and config.model.attention_dropout > 0:
         raise UserError(
             "--attention-dropout under tensor parallelism does not compile with --attention-backend sdpa; "
