@@ -26,7 +26,6 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -70,31 +69,35 @@ class _Sleep(torch.autograd.Function):
 
 
 class SlowStage(nn.Module):
-    """One linear layer that takes `seconds` forward, as long for its input's gradient, and as long for its weight's."""
+    """One linear layer whose forward pass, input's gradient and weight's gradient take so many `seconds`."""
 
-    def __init__(self, seconds: float, is_first: bool, is_last: bool) -> None:
+    def __init__(self, seconds: tuple[float, float, float], is_first: bool, is_last: bool) -> None:
         super().__init__()
-        self.seconds, self.is_first, self.is_last = seconds, is_first, is_last
+        self.forward_s, self.input_s, self.weight_s = seconds
+        self.is_first, self.is_last = is_first, is_last
         self.tensor_parallel = TensorParallel()
         self.weight = nn.Parameter(torch.eye(WIDTH))
         self.weight.register_hook(self._weight_gradient)
 
     def _weight_gradient(self, gradient: Tensor | None) -> None:
         if gradient is not None:  # None in the first part of a split backward pass
-            time.sleep(self.seconds)
+            time.sleep(self.weight_s)
 
     def forward(self, *received: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-        """`[b, WIDTH]` to the same, or to the two losses `[b]`."""
-        time.sleep(self.seconds)
+        """`[b, WIDTH]` to the same, or to the two losses `[b]` and their sum `[1]`."""
+        time.sleep(self.forward_s)
         hidden = self.tensor_parallel.linear(received[0] if received else inputs.requires_grad_(), self.weight)
-        hidden = _Sleep.apply(hidden, self.seconds)
-        return (hidden.sum(dim=-1), 0.0 * hidden.sum(dim=-1)) if self.is_last else (hidden,)
+        hidden = _Sleep.apply(hidden, self.input_s)
+        if not self.is_last:
+            return (hidden,)
+        losses = hidden.detach().sum(dim=-1)
+        return losses, torch.zeros_like(losses), hidden.sum()[None]
 
     def messages(self, *, inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """See `StageModule`."""
         hidden = inputs.detach().to("meta").requires_grad_()
-        losses = hidden.sum(dim=-1)
-        return () if self.is_first else (hidden,), (losses, losses) if self.is_last else (hidden,)
+        losses, total = hidden.detach().sum(dim=-1), hidden.sum()[None]
+        return () if self.is_first else (hidden,), (losses, losses, total) if self.is_last else (hidden,)
 
 
 def apart(config: ModelConfig) -> StagePlan:
@@ -106,8 +109,7 @@ def apart(config: ModelConfig) -> StagePlan:
         for encoder, decoder in product(*counts):
             layout = "|".join([f"E{count}" for count in encoder] + [f"D{count}" for count in decoder])
             stages = parse_layout(units, layout)
-            stage_costs = tuple(sum(costs[unit] for unit in stage) for stage in stages)
-            plans.append(StagePlan(units, "1f1b", RANKS, stages, stage_costs))
+            plans.append(StagePlan(units, "1f1b", RANKS, stages, tuple(costs)))
     return min(plans, key=lambda plan: simulate_plan(plan, MICROBATCHES).makespan)
 
 
@@ -140,7 +142,9 @@ def measure(rank: int, plans: dict[str, StagePlan], seconds_per_flop: float, rou
         if name == IDLE:
             seconds_per_flop = 0.0
         last = len(plan.stages) - 1
-        modules = [SlowStage(plan.costs[i] * seconds_per_flop, i == 0, i == last) for i in plan.stages_of(rank)]
+        costs = plan.stage_costs(seconds_per_flop)
+        seconds = list(zip(costs.forward, costs.backward_input, costs.backward_weight, strict=True))
+        modules = [SlowStage(seconds[i], i == 0, i == last) for i in plan.stages_of(rank)]
         pipelines[name] = Pipeline(modules, plan, context, MICROBATCHES)
     times: dict[str, list[float]] = {name: [] for name in pipelines}
     for number in range(rounds + 1):  # the first round warms up
@@ -163,9 +167,10 @@ def run(forward_ms: float, rounds: int) -> list[dict[str, Any]]:
     overhead_s = statistics.median(times[IDLE]) / idle.makespan  # of a forward or backward pass
     rows = []
     for name, plan in plans.items():
-        work = np.array(plan.costs) * seconds_per_flop
+        work = plan.stage_costs(seconds_per_flop)
         simulator = step_simulator(plan.schedule, RANKS, plan.stages_per_rank, MICROBATCHES)
-        simulated = simulator.timeline(StageCosts(work + overhead_s, work + overhead_s, work))
+        passes = StageCosts(work.forward + overhead_s, work.backward_input + overhead_s, work.backward_weight)
+        simulated = simulator.timeline(passes)
         measured = statistics.median(times[name])
         rows.append(
             {
@@ -173,7 +178,7 @@ def run(forward_ms: float, rounds: int) -> list[dict[str, Any]]:
                 "simulated_s": round(simulated.makespan, 4),
                 "measured_s": round(measured, 4),
                 "measured_over_simulated": round(measured / simulated.makespan, 4),
-                "simulated_without_overhead_s": round(simulator.timeline(StageCosts(work, work, work)).makespan, 4),
+                "simulated_without_overhead_s": round(simulator.timeline(work).makespan, 4),
                 "overhead_ms": round(1e3 * overhead_s, 3),
                 "layout": plan.layout,
                 "preset": PRESET,

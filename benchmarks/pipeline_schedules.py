@@ -42,8 +42,7 @@ def apart(config: ModelConfig, encoder_ranks: int) -> StagePlan:
         for decoder in even_counts(config.decoder_num_layers, RANKS - encoder_ranks):
             layout = "|".join([f"E{count}" for count in encoder] + [f"D{count}" for count in decoder])
             stages = parse_layout(units, layout)
-            stage_costs = tuple(sum(costs[unit] for unit in stage) for stage in stages)
-            plans.append(StagePlan(units, "1f1b", RANKS, stages, stage_costs))
+            plans.append(StagePlan(units, "1f1b", RANKS, stages, tuple(costs)))
     return min(plans, key=lambda plan: simulate_plan(plan, MICROBATCHES).makespan)
 
 

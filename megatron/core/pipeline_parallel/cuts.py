@@ -43,7 +43,8 @@ class CutSearch:
 
     Args:
         simulator: Of the schedule.
-        costs: Forward cost of each unit, whole numbers that sum to less than 2**30, `[U]`.
+        costs: Forward cost of each unit, whole numbers that sum to less than 2**30, `[U]`. The last unit is the head,
+            whose gradients are computed in its forward pass.
         backward_input: Gradients of the input in forward passes, 2 when the forward pass is recomputed for them.
             Gradients of the weights cost one forward pass.
         shorter: Simulator of a step of fewer microbatches, for long steps: further microbatches repeat the difference.
@@ -63,6 +64,7 @@ class CutSearch:
         self.shorter = shorter
         self.repetitions = repetitions
         self.backward_input = backward_input
+        self.head = costs[-1]
         self.unit_starts = np.concatenate([[0], np.cumsum(costs)]).astype(np.float64)
         self.shifts = _shifts(simulator.num_stages)
         self.remaining = _BUDGET // (len(simulator.order) + (0 if shorter is None else len(shorter.order)))
@@ -74,7 +76,7 @@ class CutSearch:
 
     def _step_times(self, cuts: Cuts) -> Floats:
         forward = np.diff(self.unit_starts[cuts], axis=1).T  # [S, C]
-        table = StageCosts.from_forward(forward, self.backward_input).table()
+        table = StageCosts.from_forward(forward, self.backward_input, head=self.head).table()
         times = self.simulator.makespans(table)
         if self.shorter is not None:
             times = times + self.repetitions * (times - self.shorter.makespans(table))

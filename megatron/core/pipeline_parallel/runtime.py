@@ -38,7 +38,7 @@ class Plan(Protocol):
 class StageModule(Protocol):
     """A module that takes what the stage before returned, and the whole microbatch as keyword arguments.
 
-    It returns what the next stage takes; the last one the losses (`TokenLoss`).
+    It returns what the next stage takes; the last one the losses (a tuple as `TokenLoss`).
     """
 
     tensor_parallel: TensorParallel

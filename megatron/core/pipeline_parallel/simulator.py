@@ -39,11 +39,23 @@ class StageCosts:
 
     @classmethod
     def from_forward(
-        cls, forward: Sequence[float] | Floats, backward_input: float = 1.0, backward_weight: float = 1.0
+        cls,
+        forward: Sequence[float] | Floats,
+        backward_input: float = 1.0,
+        backward_weight: float = 1.0,
+        *,
+        head: float = 0.0,
     ) -> StageCosts:
-        """Backward costs as multiples of forward costs: the backward of a matrix product is two of the same size."""
-        costs = np.asarray(forward, dtype=np.float64)
-        return cls(costs, backward_input * costs, backward_weight * costs)
+        """Backward costs as multiples of forward costs: the backward of a matrix product is two of the same size.
+
+        `head` is what a head with its loss adds to the last of `forward`, `[S]` or `[S, C]`. Its gradients are computed
+        in its forward pass, which costs three times as much, and nothing in the backward pass.
+        """
+        layers = np.array(forward, dtype=np.float64)
+        layers[-1] -= head
+        costs = layers.copy()
+        costs[-1] += 3.0 * head
+        return cls(costs, backward_input * layers, backward_weight * layers)
 
     def table(self) -> Floats:
         """Costs by kind of action and stage, in the order of `_KINDS`: `[4 S]`, or `[4 S, C]` of costs `[S, C]`."""

@@ -17,7 +17,7 @@ What is kept, in numbers, for a sequence of s tokens:
 | encoder output | gathered once for all decoder layers of a stage: b s h |
 | position bias | once for all layers of a stack on the stage: n s s, with fused attention or recomputation |
 | its own in a layer | instead of that: n s s in each layer, with fused attention or selective recomputation |
-| head | the input b t h and the logits b t V |
+| head | gradients instead of what they are made from: the input's b t h and, in fp32, the table's V h |
 | weights | without FSDP2 each microbatch keeps its own 16-bit copies of the weights it has used |
 
 Full recomputation keeps the inputs of the groups of layers, and a group's own activations while it is worked on.
@@ -35,6 +35,7 @@ from typing import Literal
 from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
 from megatron.core.models.T5.t5_model import recomputation_groups
 from megatron.core.models.T5.t5_units import Units
+from megatron.core.tensor_parallel.head_loss import chunk_rows
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class T5Memory:
             return self.number_bytes * (attention + feed_forward)
         if unit in self.units.decoder_layers:
             return self.number_bytes * (2 * attention + feed_forward)
-        return self.number_bytes * hidden * self._share(self.config.padded_vocab_size) * (unit == self.units.head)
+        return 0
 
     def unit_bytes(self, unit: int) -> int:
         """What a unit keeps of a microbatch when it is not recomputed as a whole."""
@@ -169,18 +170,26 @@ class T5Memory:
             attention = self._attention(t, t, probabilities=probabilities) + self._own_bias(t)
             attention += self._attention(t, s, probabilities=probabilities)
             return 3 * self._norm(t) + attention + self._feed_forward(t) + self._cast_weights(unit)
-        if unit == units.encoder_norm:
-            # What comes out is the encoder output, which the stages that read it count.
-            part = self.tokens(s)[1]
+        if unit in (units.encoder_norm, units.decoder_norm):
+            # What comes out is the encoder output, which the stages that read it count, or what the head does not keep.
+            part = self.tokens(s if unit == units.encoder_norm else t)[1]
             return self._normalised(part) + self._dropped(part)
-        if unit == units.decoder_norm:
-            return self._norm(t)
         if unit == units.head:
-            return self._logits() + self._cast_weights(unit)
+            return self._head_gradients()
         return self._dropped(self.tokens(s if unit == units.encoder_embedding else t)[1])
 
-    def _logits(self) -> int:
-        return self.number_bytes * self.tokens(self.decoder_length)[0] * self._share(self.config.padded_vocab_size)
+    def _head_gradients(self) -> int:
+        """Of the head's input and of its table, which are there from the forward pass on."""
+        input_bytes = 4 if self.compute.fp16 else self.number_bytes
+        numbers = input_bytes * self.tokens(self.decoder_length)[0] + 4 * self._share(self.config.padded_vocab_size)
+        return numbers * self.config.hidden_size
+
+    def _head_workspace(self) -> int:
+        """The logits of a chunk, and the table in 16 bits where it is cast."""
+        table_rows = self._share(self.config.padded_vocab_size)
+        num_tokens = self.micro_batch_size * self.decoder_length
+        rows = chunk_rows(num_tokens, table_rows, self.number_bytes, self.device_type)
+        return self.number_bytes * table_rows * (rows + self.casts_weights * self.config.hidden_size)
 
     def layers_of(self, stage: range) -> list[range]:
         """The encoder layers and the decoder layers of a stage."""
@@ -224,13 +233,14 @@ class T5Memory:
         numbers = encoder_layers * s * (attention + feed_forward)
         numbers += decoder_layers * (t * (2 * hidden + 2 * inner + attention + feed_forward) + s * 2 * inner)
         numbers += bool(decoder_layers) * s * hidden  # the encoder output, which all of them read
-        return self.number_bytes * numbers + (self.units.head in stage) * 2 * self._logits()
+        return self.number_bytes * numbers
 
     def workspace_bytes(self, stage: range) -> int:
         """The most that the backward pass of the units `stage` needs beside what is kept.
 
         Gradients of the activations of a layer (the feed-forward block's are the largest, or those of unfused scores)
-        or of the logits, and with full recomputation the activations of a group of layers.
+        or a chunk of logits in the head's forward pass, and with full recomputation the activations of a group of
+        layers.
         """
         needs = [0]
         lengths = (self.encoder_length, self.decoder_length)
@@ -243,5 +253,5 @@ class T5Memory:
             for group in self.recomputed(layers):
                 needs.append(needs[1] + sum(self.unit_bytes(unit) for unit in group))
         if self.units.head in stage:
-            needs.append(self._logits())
+            needs.append(self._head_workspace())
         return max(needs)

@@ -68,14 +68,14 @@ class StagePlan:
         schedule: A key of `SCHEDULES`.
         num_ranks: Pipeline ranks P.
         stages: Units of each stage, in order; together all units, none empty.
-        costs: Cost of each stage's forward pass: FLOPs of one sequence, or what `choose_plan` was given.
+        unit_costs: Cost of each unit's forward pass: FLOPs of one sequence, or what `choose_plan` was given, `[U]`.
     """
 
     units: Units
     schedule: str
     num_ranks: int
     stages: tuple[range, ...]
-    costs: tuple[int, ...]
+    unit_costs: tuple[int, ...]
 
     def __post_init__(self) -> None:
         assert [unit for stage in self.stages for unit in stage] == list(self.units.all)
@@ -85,6 +85,16 @@ class StagePlan:
     def stages_per_rank(self) -> int:
         """Stages on each rank, v."""
         return len(self.stages) // self.num_ranks
+
+    @property
+    def costs(self) -> tuple[int, ...]:
+        """Cost of each stage's forward pass, without that of gradients that the head computes in it, `[S]`."""
+        return tuple(sum(self.unit_costs[unit] for unit in stage) for stage in self.stages)
+
+    def stage_costs(self, scale: float = 1.0, *, recompute: bool = False) -> StageCosts:
+        """Costs of the stages' passes, times `scale`; with `recompute`, the backward pass repeats the forward pass."""
+        head = self.unit_costs[self.units.head] * scale
+        return StageCosts.from_forward([cost * scale for cost in self.costs], 1.0 + recompute, head=head)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -257,7 +267,7 @@ def choose_plan(
     costs = unit_costs(config, encoder_length, decoder_length) if costs is None else costs
     num_ranks = parallel.pipeline_model_parallel_size
     if num_ranks == 1:
-        return StagePlan(units, "1f1b", 1, (units.all,), (sum(costs),))
+        return StagePlan(units, "1f1b", 1, (units.all,), tuple(costs))
     layout = None if parallel.pipeline_layout is None else parse_layout(units, parallel.pipeline_layout)
     fixed = _fixed_stages_per_rank(parallel, layout)
     refusals: list[UserError] = []
@@ -279,8 +289,7 @@ def choose_plan(
             continue
         backward_input = 2 if recompute_granularity == "full" else 1
         time, stages = _cut(units, costs, name, num_ranks, stages_per_rank, num_microbatches, backward_input, layout)
-        stage_costs = tuple(sum(costs[unit] for unit in stage) for stage in stages)
-        plans.append((time, StagePlan(units, name, num_ranks, stages, stage_costs)))
+        plans.append((time, StagePlan(units, name, num_ranks, stages, tuple(costs))))
     if not plans:
         raise refusals[0]
     least = min(time for time, _ in plans)
@@ -420,7 +429,7 @@ def simulate_plan(
         activation_sizes: What each stage holds of a microbatch, `[S]`. Default: its share of the model's cost.
     """
     simulator = step_simulator(plan.schedule, plan.num_ranks, plan.stages_per_rank, num_microbatches)
-    costs = StageCosts.from_forward([cost * seconds_per_flop for cost in plan.costs], backward_input=1.0 + recompute)
+    costs = plan.stage_costs(seconds_per_flop, recompute=recompute)
     if activation_sizes is None:
         activation_sizes = [cost / sum(plan.costs) for cost in plan.costs]
     return simulator.timeline(costs, transfer_times, activation_sizes)

@@ -32,7 +32,7 @@ class T5Stage(T5Model):
         encoder_segment_ids: Tensor | None = None,
         decoder_segment_ids: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """What the next stage needs, or from the last stage its `TokenLoss`.
+        """What the next stage needs, or from the last stage the terms of `TokenLoss`.
 
         Args:
             received: What the stage before returned; nothing for the first.
@@ -69,7 +69,7 @@ class T5Stage(T5Model):
             return decoder_hidden, encoder_output.clone()
         if units[-1] < numbers.head:
             return (decoder_hidden,)
-        return self.token_losses(decoder_hidden, labels)
+        return tuple(self.token_losses(decoder_hidden, labels))  # torch's stages take plain tuples only
 
     def messages(
         self, *, encoder_input_ids: Tensor, decoder_input_ids: Tensor, labels: Tensor, **masks: Tensor
