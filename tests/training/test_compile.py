@@ -79,9 +79,12 @@ def train(rank: int, flags: list[str], backend: str | None, steps: int) -> tuple
     return losses, graphs
 
 
-def eager_and_compiled(rank: int, flags: list[str], backend: str, steps: int = 3) -> tuple[list[float], ...]:
+def eager_and_compiled(
+    rank: int, flags: list[str], backend: str, steps: int = 3
+) -> tuple[list[float], list[float], list[int]]:
     """Losses without and with compilation, and the graphs of the latter."""
-    return train(rank, flags, None, steps)[0], *train(rank, flags, backend, steps)
+    eager, _ = train(rank, flags, None, steps)
+    return eager, *train(rank, flags, backend, steps)
 
 
 def test_layers_compile_once_and_draw_the_same_masks() -> None:
