@@ -151,6 +151,9 @@ MEGATRON_FLAGS: dict[str, NoEffect | Refused | Translated] = {
         "on CPUs every run is deterministic; on GPUs this version cannot promise it; remove it"
     ),
     "--use-pytorch-profiler": NoEffect("torch's profiler is what --profile uses"),
+    "--manual-gc": NoEffect("Python collects garbage in less than a thousandth of a step"),
+    "--manual-gc-interval": NoEffect("Python collects garbage in less than a thousandth of a step", values=1),
+    "--no-manual-gc-eval": NoEffect("Python collects garbage in less than a thousandth of a step"),
     "--nvtx-ranges": NoEffect("--profile names the phases of a step in its trace"),
     "--record-memory-history": Refused("memory is not recorded in this version; see --dry-run for what a rank needs"),
     "--skip-train": Refused("evaluation alone is not supported in this version; remove it"),

@@ -258,13 +258,15 @@ class ProfileSummary:
         steps: How many there were.
         step_time_ms: A step's mean time, without evaluation and saving.
         times_ms: Of each of `CATEGORIES`, a step; they sum up to `step_time_ms`.
-        operators: Most expensive first. Times of kernels that run at the same time count each.
+        operators: Most expensive first.
+        groups_ms: Time a step of each kind of operator; collectives also run beside the others.
     """
 
     steps: int
     step_time_ms: float
     times_ms: dict[str, float]
     operators: list[OperatorTime]
+    groups_ms: dict[str, float]
 
     def row(self) -> dict[str, float]:
         """The metrics."""
@@ -294,11 +296,13 @@ def summarize(events: Sequence[dict[str, Any]]) -> ProfileSummary | None:
         },
         len(steps),
     )
+    operators, groups_ms = _operator_times(segments, trace.calls(), window, optimizer, len(steps))
     return ProfileSummary(
         steps=len(steps),
         step_time_ms=length_us(window) / 1e3 / len(steps),
         times_ms=times_ms,
-        operators=_operator_times(segments, trace.calls(), window, optimizer, len(steps)),
+        operators=operators,
+        groups_ms=groups_ms,
     )
 
 
@@ -314,18 +318,29 @@ def _divide(window: Intervals, claims: dict[str, Intervals], steps: int) -> dict
 
 def _operator_times(
     segments: Sequence[Segment], calls: Sequence[tuple[float, str]], window: Intervals, optimizer: Intervals, steps: int
-) -> list[OperatorTime]:
+) -> tuple[list[OperatorTime], dict[str, float]]:
+    """Operators and their groups. What several streams or messages do at the same time counts once in each."""
+
     def key(time: float, name: str) -> tuple[str, str]:
         group = group_of(name)
         return name, "optimizer" if group != COLLECTIVES and _contains(optimizer, time) else group
 
-    times_us: dict[tuple[str, str], float] = defaultdict(float)
+    def time_ms(intervals: Intervals) -> float:
+        return length_us(merged(intervals)) / 1e3 / steps
+
+    by_operator: dict[tuple[str, str], Intervals] = defaultdict(list)
+    by_group: dict[str, Intervals] = defaultdict(list)
     for start, end, name in segments:
         if _contains(window, start):
-            times_us[key(start, name)] += end - start
+            operator = key(start, name)
+            by_operator[operator].append((start, end))
+            by_group[operator[1]].append((start, end))
     counts = Counter(key(time, name) for time, name in calls if _contains(window, time))
-    found = [OperatorTime(*k, time / 1e3 / steps, counts[k] / steps) for k, time in times_us.items()]
-    return sorted(found, key=lambda operator: -operator.time_ms)
+    operators = [OperatorTime(*k, time_ms(found), counts[k] / steps) for k, found in by_operator.items()]
+    return (
+        sorted(operators, key=lambda operator: -operator.time_ms),
+        {group: time_ms(found) for group, found in by_group.items()},
+    )
 
 
 def describe(summaries: dict[int, ProfileSummary], first: int, last: int) -> list[str]:
@@ -345,11 +360,8 @@ def describe(summaries: dict[int, ProfileSummary], first: int, last: int) -> lis
         time_ms, times = summary.times_ms[category], [s.times_ms[category] for s in summaries.values()]
         extremes = f"  {min(times):.1f} to {max(times):.1f}" if len(summaries) > 1 else ""
         lines.append(f"  {LABELS[category]:28} {time_ms:10.1f} ms {time_ms / total_ms:6.1%}{extremes}")
-    groups: dict[str, float] = defaultdict(float)
-    for operator in summary.operators:
-        groups[operator.group] += operator.time_ms
-    lines.append("operators by kind, their own time")
-    for group, time_ms in sorted(groups.items(), key=lambda item: -item[1]):
+    lines.append("operators by kind, without those they call (collectives: from start to end, beside others too)")
+    for group, time_ms in sorted(summary.groups_ms.items(), key=lambda item: -item[1]):
         lines.append(f"  {group:28} {time_ms:10.1f} ms {time_ms / total_ms:6.1%}")
     lines.append("most expensive operators")
     for name, group, time_ms, calls in summary.operators[:MOST_OPERATORS]:

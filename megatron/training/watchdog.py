@@ -73,7 +73,8 @@ class Place:
 
 def locate(stack: Iterable[tuple[FrameType, int]]) -> Place:
     """Place of a stack of (frame, line), innermost first."""
-    frames = [(frame.f_code, line) for frame, line in stack if frame.f_code.co_filename != TORCH_OPERATORS]
+    # A frame that is seen from another thread may be between two lines; it then has none.
+    frames = [(frame.f_code, line or 0) for frame, line in stack if frame.f_code.co_filename != TORCH_OPERATORS]
     collective = None
     for code, _ in frames:
         if not code.co_filename.startswith(TORCH_DISTRIBUTED):

@@ -100,7 +100,20 @@ def test_summary_of_a_cpu_trace() -> None:
     assert operators["aten::mm"] == ("aten::mm", "matrix products", 40, 1)
     assert operators["gloo:all_reduce"] == ("gloo:all_reduce", "collectives", 11, 0.5)
     assert operators["aten::_foreach_mul_"].group == "optimizer"
+    assert summary.groups_ms == {
+        "matrix products": 40,
+        "collectives": 11,
+        "optimizer": 4,
+        "elementwise and reductions": 2,
+    }
     assert summarize([event("aten::mm", 0, 1)]) is None
+
+
+def test_messages_that_are_awaited_together_count_once() -> None:
+    waits = [event("gloo:recv", start, 8000, "user_annotation", thread=2) for start in (0, 1000, 2000)]
+    summary = summarize([phase(Phase.STEP, 0, 10_000), event("aten::mm", 4000, 10_000), *waits])
+    assert summary is not None and summary.times_ms["communication_exposed"] == 4
+    assert summary.operators[0] == ("gloo:recv", "collectives", 8, 3) and summary.groups_ms["collectives"] == 8
 
 
 def test_summary_of_a_gpu_trace() -> None:

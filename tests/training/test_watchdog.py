@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 
 from megatron.core.errors import CommunicationError, UserError
 from megatron.training.arguments import run_command_line
-from megatron.training.watchdog import Watchdog, describe_communication_failure
+from megatron.training.watchdog import Watchdog, describe_communication_failure, locate
 from tests.distributed import PRELOAD
 from tests.reliability.faulty_program import fail
 
@@ -184,3 +185,9 @@ def test_one_process_needs_no_watchdog() -> None:
         watchdog.step = 1
         raise ValueError("as it was")
     assert CommunicationError.exit_status == 3
+
+
+def test_a_frame_between_two_lines_is_located() -> None:
+    """The line number of a thread that runs is sometimes None."""
+    place = locate([(sys._getframe(), None)])  # type: ignore[list-item]
+    assert "test_a_frame_between_two_lines_is_located" in place.function and place.collective is None
