@@ -127,6 +127,15 @@ inline float exponentials(float* buffer, int64_t visible, float maximum) {
     return sum;
 }
 
+// Dropout of the elements of a row, in place.
+inline void drop_elements(const ScoreRule& rule, int64_t row, int64_t visible, float* __restrict__ buffer) {
+    const megatron::RandomKey key = megatron::random_key(rule.seed, row);
+    const std::uint32_t threshold = rule.dropout.threshold;
+    const float scale = rule.dropout.scale;
+    for (int64_t j = 0; j < visible; ++j)
+        buffer[j] = (random_bits(key, static_cast<std::uint32_t>(j)) >> 16) < threshold ? 0.0f : buffer[j] * scale;
+}
+
 // Scores [b n q, k] of rows [begin, end) to probabilities, in place. `statistics` [b n q, 2], a row's maximum and
 // 1 / sum of exponentials, are written, or read if they are `known`. `dropped`, if not null, receives the probabilities
 // after dropout.
@@ -148,12 +157,8 @@ MULTIVERSIONED void softmax_rows(const ScoreRule& rule, T* scores, T* dropped, f
         std::memset(static_cast<void*>(probabilities + visible), 0, (keys - visible) * sizeof(T));
         if (!dropped) continue;
         T* kept = dropped + row * keys;
-        const megatron::RandomKey key = megatron::random_key(rule.seed, row);
-        const float factor = inverse * rule.dropout.scale;
-        for (int64_t j = 0; j < visible; ++j) {
-            const bool drop = (random_bits(key, j) >> 16) < rule.dropout.threshold;
-            store(kept + j, drop ? 0.0f : buffer[j] * factor);
-        }
+        drop_elements(rule, row, visible, buffer);
+        for (int64_t j = 0; j < visible; ++j) store(kept + j, buffer[j] * inverse);
         std::memset(static_cast<void*>(kept + visible), 0, (keys - visible) * sizeof(T));
     }
 }
@@ -172,13 +177,7 @@ MULTIVERSIONED void softmax_backward_items(const ScoreRule& rule, const T* proba
             const T* probability = probabilities + row * keys;
             T* gradient = gradients + row * keys;
             for (int64_t j = 0; j < visible; ++j) buffer[j] = load(gradient + j);
-            if (rule.dropout.threshold) {
-                const megatron::RandomKey key = megatron::random_key(rule.seed, row);
-                for (int64_t j = 0; j < visible; ++j) {
-                    const bool drop = (random_bits(key, j) >> 16) < rule.dropout.threshold;
-                    buffer[j] = drop ? 0.0f : buffer[j] * rule.dropout.scale;
-                }
-            }
+            if (rule.dropout.threshold) drop_elements(rule, row, visible, buffer);
             float mean = 0.0f;
 #pragma omp simd reduction(+ : mean)
             for (int64_t j = 0; j < visible; ++j) mean += load(probability + j) * buffer[j];
@@ -197,15 +196,13 @@ MULTIVERSIONED void softmax_backward_items(const ScoreRule& rule, const T* proba
 
 // Probabilities [b n q, k] of rows [begin, end) as they were after dropout.
 template <class T>
-MULTIVERSIONED void dropout_rows(const ScoreRule& rule, const T* probabilities, T* dropped, int64_t begin,
-                                 int64_t end) {
+MULTIVERSIONED void dropout_rows(const ScoreRule& rule, const T* probabilities, T* dropped, int64_t begin, int64_t end,
+                                 float* buffer) {
+    const int64_t keys = rule.keys;
     for (int64_t row = begin; row < end; ++row) {
-        const megatron::RandomKey key = megatron::random_key(rule.seed, row);
-        for (int64_t j = 0; j < rule.keys; ++j) {
-            const bool drop = (random_bits(key, j) >> 16) < rule.dropout.threshold;
-            const int64_t element = row * rule.keys + j;
-            store(dropped + element, drop ? 0.0f : load(probabilities + element) * rule.dropout.scale);
-        }
+        for (int64_t j = 0; j < keys; ++j) buffer[j] = load(probabilities + row * keys + j);
+        drop_elements(rule, row, keys, buffer);
+        for (int64_t j = 0; j < keys; ++j) store(dropped + row * keys + j, buffer[j]);
     }
 }
 
@@ -229,7 +226,8 @@ void dropout(const ScoreRule& rule, const std::string& dtype, std::uintptr_t pro
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         parallel_for(rule.rows(), rule.rows() * rule.keys, threads, [&](int64_t begin, int64_t end) {
-            dropout_rows<T>(rule, at<const T>(probabilities), at<T>(dropped), begin, end);
+            std::vector<float> buffer(rule.keys);
+            dropout_rows<T>(rule, at<const T>(probabilities), at<T>(dropped), begin, end, buffer.data());
         });
     });
 }

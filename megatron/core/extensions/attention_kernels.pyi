@@ -25,9 +25,7 @@ class ScoreRule:
     ) -> None:
         """Holds addresses: `diagonals`, fp32 `[n, q + k - 1]`; `mask`, fp32, by strides in elements, keys adjacent."""
 
-def softmax(
-    rule: ScoreRule, dtype: str, scores: int, dropped: int, statistics: int, known: bool, threads: int
-) -> None:
+def softmax(rule: ScoreRule, dtype: str, scores: int, dropped: int, statistics: int, known: bool, threads: int) -> None:
     """Scores to probabilities, in place.
 
     Args:

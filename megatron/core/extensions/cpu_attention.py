@@ -93,7 +93,7 @@ class _Scores(NamedTuple):
         dropout: float,
     ) -> _Scores:
         batch, heads, queries, keys = shape
-        diagonals_address, mask_address, strides = 0, 0, [0, 0, 0]
+        diagonals_address, mask_address, strides = 0, 0, (0, 0, 0)
         if diagonals is not None:
             assert diagonals.dtype == torch.float32 and diagonals.shape == (heads, queries + keys - 1), diagonals.shape
             diagonals = diagonals.contiguous()
@@ -103,7 +103,8 @@ class _Scores(NamedTuple):
             assert all(size in (1, whole) for size, whole in zip(mask.shape, shape, strict=True)), (mask.shape, shape)
             mask = mask.float().contiguous()
             mask_address = mask.data_ptr()
-            strides = [0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride(), strict=False)]
+            by_row, by_head, by_query, _ = (0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(4))
+            strides = (by_row, by_head, by_query)
         assert (seed is not None) == (dropout > 0.0)
         drawn = 0 if seed is None else int(seed)
         rule = kernels.ScoreRule(
@@ -152,9 +153,9 @@ def _to_heads(tensor: Tensor) -> Tensor:
     return result.flatten(0, 1)
 
 
-def _from_heads(tensor: Tensor, batch: int) -> Tensor:
+def _from_heads(tensor: Tensor, batch: int, heads: int) -> Tensor:
     """`[b n, s, d]`, any strides, to a contiguous `[b, s, n, d]`."""
-    by_head = tensor.unflatten(0, (batch, -1)).transpose(1, 2)  # [b, s, n, d]
+    by_head = tensor.unflatten(0, (batch, heads)).transpose(1, 2)  # [b, s, n, d]
     result = torch.empty_like(by_head, memory_format=torch.contiguous_format)
     _copy_heads(by_head, result)
     return result
@@ -180,7 +181,7 @@ def _forward(
     statistics = torch.empty(*scores.shape[:2], 2, dtype=torch.float32)
     dropped = torch.empty_like(scores) if dropout else None
     rules.softmax_(scores, statistics, known=False, dropped=dropped)
-    context = _from_heads(torch.bmm(scores if dropped is None else dropped, value), batch)
+    context = _from_heads(torch.bmm(scores if dropped is None else dropped, value), batch, heads)
     return context, query, key, value, scores.new_empty(0) if recompute else scores, statistics
 
 
@@ -206,13 +207,15 @@ def _backward(
         probabilities = torch.bmm(query, key.transpose(1, 2))
         rules.softmax_(probabilities, statistics, known=True)
     gradient = _to_heads(gradient)  # [b n, q, d]
-    value_gradient = torch.bmm(rules.after_dropout(probabilities).transpose(1, 2), gradient)  # [b n, k, d]
+    # The products that end in few columns, d, are slow if their first factor is transposed; these end in many, k.
+    value_gradient = torch.bmm(gradient.transpose(1, 2), rules.after_dropout(probabilities))  # [b n, d, k]
     scores_gradient = torch.bmm(gradient, value.transpose(1, 2))  # [b n, q, k], of the probabilities at first
     sums = torch.empty(heads, queries + key.shape[1] - 1, dtype=torch.float32) if diagonals_gradient else None
     rules.softmax_backward_(probabilities, scores_gradient, sums)
-    query_gradient = torch.bmm(scores_gradient, key)
-    key_gradient = torch.bmm(scores_gradient.transpose(1, 2), query)
-    gradients = (_from_heads(tensor, batch) for tensor in (query_gradient, key_gradient, value_gradient))
+    query_gradient = torch.bmm(scores_gradient, key)  # [b n, q, d]
+    key_gradient = torch.bmm(query.transpose(1, 2), scores_gradient)  # [b n, d, k]
+    by_head = (query_gradient, key_gradient.transpose(1, 2), value_gradient.transpose(1, 2))
+    gradients = (_from_heads(tensor, batch, heads) for tensor in by_head)
     return (*gradients, statistics.new_empty(0) if sums is None else sums)
 
 
