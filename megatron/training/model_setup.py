@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,11 +28,13 @@ from megatron.core.models.T5.t5_stage import T5Stage
 from megatron.core.models.T5.t5_units import Units
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import initialize_parameters, local_tensor, model_parameters
-from megatron.core.pipeline_parallel.runtime import Pipeline
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.attention import choose_backend
 from megatron.core.transformer.precision import compute_dtype
 from megatron.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from megatron.core.pipeline_parallel.runtime import Pipeline
 
 
 def plan_stages(
@@ -139,6 +142,8 @@ class DistributedModel:
         else:
             self.shared = SharedParameters(self.stages, plan.stages_of(context.pp_rank), context)
             self.parameters = self.shared.parameters
+            from megatron.core.pipeline_parallel.runtime import Pipeline  # torch's imports its compiler
+
             self.pipeline = Pipeline(self.stages, plan, context, num_microbatches)
         self.num_microbatches = num_microbatches
         head = Units.of(config.model).head

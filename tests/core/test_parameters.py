@@ -34,6 +34,21 @@ def build(seed=0, initialize=True, **fields):
     return model
 
 
+def test_the_number_of_threads_changes_no_value():
+    threads = torch.get_num_threads()
+    try:
+        models = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            models.append(build(hidden_size=520, vocab_size=1100))  # blocks that torch itself would divide
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for (name, first), second in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(first, second), name
+        assert first.requires_grad and first.is_leaf
+
+
 def logical_matrices(model):
     """(parameter name, matrix name) -> its values."""
     parameters = dict(model.named_parameters())
