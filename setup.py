@@ -62,7 +62,7 @@ setup(
             cxx_std=17,
             extra_compile_args=list(KERNELS_FLAGS),
         )
-        for name in ("attention_kernels", "elementwise_kernels")
+        for name in ("attention_kernels", "elementwise_kernels", "linear_kernels")
     ],
     cmdclass={"build_ext": BuildExtensions},
 )

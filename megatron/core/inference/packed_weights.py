@@ -1,18 +1,18 @@
 """Products of few rows on CPUs, with the decoder's weights in the layout that oneDNN wants for them.
 
-`F.linear` reads weights as they are stored, which for a handful of rows can take twice as long. Packing a weight takes
+`linear` reads weights as they are stored, which for a handful of rows can take twice as long. Packing a weight takes
 as long as a few products with it, and memory for a copy.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.parameters import local_tensor
 from megatron.core.tensor_parallel import Linear
+from megatron.core.tensor_parallel.products import linear
 from megatron.core.tensor_parallel.weight_gradients import LinearFunction
 
 # Elements of a weight from which on less reading makes up for oneDNN's 20 microseconds a call.
@@ -31,11 +31,11 @@ def decoding_linear(model: T5Model, rows: int, dtype: torch.dtype) -> LinearFunc
     # A single row in fp32 waits for the memory in any layout.
     gains = dtype == torch.bfloat16 or (dtype == torch.float32 and rows > 1)
     on_cpu = next(model.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return _PackedLinear(model, rows, dtype) if on_cpu and gains and rows < MANY_ROWS else F.linear
+    return _PackedLinear(model, rows, dtype) if on_cpu and gains and rows < MANY_ROWS else linear
 
 
 class _PackedLinear:
-    """`F.linear` with the decoder's large weights packed once they have been used for a while.
+    """`linear` with the decoder's large weights packed once they have been used for a while.
 
     Weights of another dtype are cast for each product and so never packed.
     """
@@ -54,10 +54,10 @@ class _PackedLinear:
         if packed is None:
             uses = self.uses.get(place)
             if uses is None:
-                return F.linear(x, weight, bias)
+                return linear(x, weight, bias)
             self.uses[place] = uses + 1
             if uses < USES_BEFORE_PACKING:
-                return F.linear(x, weight, bias)
+                return linear(x, weight, bias)
             # What torch's own compiler uses for constant weights.
             packed = self.packed[place] = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

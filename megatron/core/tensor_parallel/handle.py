@@ -19,6 +19,7 @@ from megatron.core.extensions import cpu_elementwise
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.dropout_mask import dropout_mask
+from megatron.core.tensor_parallel.products import linear
 from megatron.core.tensor_parallel.weight_gradients import LinearFunction
 
 
@@ -43,7 +44,7 @@ class TensorParallel:
         self._devices = [device] if device is not None and device.type != "cpu" else []
         self.sequence_parallel = sequence_parallel and self.size > 1
         # The product of all linear layers; pipelines replace it (see `weight_gradients`).
-        self.linear: LinearFunction = F.linear
+        self.linear: LinearFunction = linear
 
     @classmethod
     def of(cls, context: ParallelContext, config: ParallelConfig) -> TensorParallel:

@@ -3,8 +3,8 @@
 Layers are built with global shapes and sharded afterwards (`core.parameters.shard_parameters`): the axes say which
 dimension of a weight the tensor-parallel ranks divide, and the layer's class what that needs of the activations.
 
-Parameters may be fp32 while activations are bf16 or fp16, so weights are cast to the activations' dtype where they are
-used; with equal dtypes (FSDP2's mixed precision has cast already) that costs nothing.
+Parameters may be fp32 while activations are bf16 or fp16, so products cast weights to the activations' dtype
+(`products`); with equal dtypes (FSDP2's mixed precision has cast already) that costs nothing.
 
 Shapes: b batch, s sequence, s' this rank's part of the sequence under sequence parallelism (else s), h hidden.
 """
@@ -68,7 +68,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]` (this rank's share of them), in the dtype of `x`."""
         bias = None if self.bias is None else local_tensor(self.bias).to(x.dtype)
-        return self.tensor_parallel.linear(x, local_tensor(self.weight).to(x.dtype), bias)
+        return self.tensor_parallel.linear(x, local_tensor(self.weight), bias)
 
 
 class ColumnParallelLinear(Linear):
@@ -118,7 +118,7 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[b, s, in_features / ranks]` to `[b, s', out_features]`."""
-        weight = local_tensor(self.weight).to(x.dtype)
+        weight = local_tensor(self.weight)
         bias = None if self.bias is None else local_tensor(self.bias).to(self.output_dtype or x.dtype)
         if self.tensor_parallel.size == 1 and self.output_dtype in (None, x.dtype):
             return self.tensor_parallel.linear(x, weight, bias)
@@ -241,7 +241,7 @@ def vocab_parallel_logits(hidden: Tensor, weight: Tensor, num_embeddings: int, p
     assert valid > 0, f"{num_embeddings} ids leave nothing for rank {parallel.rank} of {parallel.size}"
     if valid < len(local):
         local = local[:valid]
-    return parallel.linear(hidden, local.to(hidden.dtype))
+    return parallel.linear(hidden, local)
 
 
 def join_logits(logits: Tensor, num_embeddings: int, parallel: TensorParallel) -> Tensor:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megatron.core.tensor_parallel.products import weight_gradient
+
 LinearFunction: TypeAlias = Callable[..., Tensor]  # input, weight, maybe bias
 
 
@@ -27,13 +29,14 @@ class DeferredWeightGradients:
         self._pending: list[tuple[Tensor, Tensor, GradientEdge]] = []
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """As `torch.nn.functional.linear`, with the weight's gradient put off.
+        """As `products.linear`, with the weight's gradient put off.
 
         Args:
             x: `[..., in_features]`.
-            weight: `[out_features, in_features]`: a parameter, or made from one by a view or a cast.
+            weight: `[out_features, in_features]`, a parameter or made from one by views and casts, any floating dtype.
             bias: `[out_features]`; its gradient is not put off.
         """
+        weight = weight.to(x.dtype)
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return F.linear(x, weight, bias)
         result: Tensor = _Linear.apply(x, weight, bias, self, get_gradient_edge(weight))
@@ -51,7 +54,7 @@ class DeferredWeightGradients:
             pending.reverse()
             while pending:  # each input is freed with its product
                 x, gradient, weight = pending.pop()
-                product = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # [out_features, in_features]
+                product = weight_gradient(gradient, x)  # [out_features, in_features]
                 # Through the cast or view that made the weight, to the parameter.
                 torch.autograd.backward((weight,), (product,))
 
