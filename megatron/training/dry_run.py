@@ -140,11 +140,10 @@ class DryRun:
             parameters = model_parameters(stages)
             owned = {p.name: p.shape.numel() for p in parameters if p.name not in seen}
             seen |= set(owned)
-            units = [size for each in data_parallel for size in each.unit_bytes]
             needs = max(self.memory.workspace_bytes(stage.units) for stage in stages)
-            memory = self._memory(parameters, units, *peaks[pp_rank], needs)
+            memory = self._memory(parameters, data_parallel, *peaks[pp_rank], needs)
             num_parameters = sum(p.shape.numel() for p in parameters)
-            sent = self._sent(pp_rank, stages, parameters)
+            sent = self._sent(pp_rank, stages, parameters, data_parallel)
             ranks.append(DryRank(pp_rank, num_parameters, sum(owned.values()), memory, sent, busy[pp_rank]))
         return ranks
 
@@ -197,18 +196,20 @@ class DryRun:
     def _memory(
         self,
         parameters: Sequence[ModelParameter],
-        units: Sequence[int],
+        data_parallel: Sequence[DataParallel],
         activations: int,
         messages: int,
         workspace: int,
     ) -> RankMemory:
-        """Memory of a rank from its parameters, the fp32 bytes of its FSDP2 units, and what passes need."""
+        """Memory of a rank from its parameters, its FSDP2 units, and what passes need."""
         kept = 4 * sum(local_tensor(p.parameter.detach()).numel() for p in parameters)
+        layers, outermost = _unit_bytes(data_parallel)
         gathered = gradients = reduction = 0
-        if units:
-            whole, largest = sum(units), max(units)
-            # Of parameters that are released after use, one unit is in use and the next on its way.
-            in_use = min(whole, 2 * largest) if self.strategy == "optim_grads_params" else whole
+        if outermost:
+            in_use = whole = sum(layers) + sum(outermost)
+            largest = max([*layers, *outermost])
+            if self.strategy == "optim_grads_params":  # of layers, one unit is in use and the next on its way
+                in_use = min(whole, sum(outermost) + 2 * max(layers, default=0))
             gathered = in_use * self.memory.number_bytes // 4
             # FSDP2 sums the microbatches' whole gradients in fp32; it reduces those of a single microbatch at once.
             gradients = whole if self.num_microbatches > 1 else largest * self.memory.number_bytes // 4
@@ -223,16 +224,29 @@ class DryRun:
             workspace=max(workspace, reduction - activations),  # most activations are gone when gradients are reduced
         )
 
-    def _sent(self, pp_rank: int, stages: Sequence[T5Model], parameters: Sequence[ModelParameter]) -> SentBytes:
+    def _sent(
+        self,
+        pp_rank: int,
+        stages: Sequence[T5Model],
+        parameters: Sequence[ModelParameter],
+        data_parallel: Sequence[DataParallel],
+    ) -> SentBytes:
         """What a rank sends in a step."""
+        outermost = sum(_unit_bytes(data_parallel)[1]) // 4
         tensor_size = self.config.parallel.tensor_model_parallel_size
         numbers = [p.parameter.numel() // (tensor_size if "tp" in sharded_axes(p.parameter) else 1) for p in parameters]
         messages = 0.0 if self.plan is None else pipeline_bytes(self.memory, self.plan, pp_rank)
         return SentBytes(
             tensor=self.num_microbatches * sum(tensor_bytes(self.memory, stage.units) for stage in stages),
             pipeline=self.num_microbatches * messages,
-            data=data_bytes(self.memory, numbers, self.strategy, self.dp_size, self.num_microbatches),
+            data=data_bytes(self.memory, numbers, self.strategy, self.dp_size, self.num_microbatches, outermost),
         )
+
+
+def _unit_bytes(data_parallel: Sequence[DataParallel]) -> tuple[list[int], list[int]]:
+    """Bytes in fp32 of the FSDP2 units of layers, and of the outermost unit of each stage; both empty for replicas."""
+    layers = [size for each in data_parallel for size in each.unit_bytes[:-1]]
+    return layers, [size for each in data_parallel for size in each.unit_bytes[-1:]]
 
 
 def dry_run(config: RunConfig, options: DryRunConfig, vocab_size_given: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What the ranks send each other in a step, counted and compared with the formulas of docs/layouts.md."""
+"""What the ranks send each other in a step, counted and compared with the formulas of docs/parallelism.md."""
 
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -137,6 +137,13 @@ def _parameters(layout: Layout, units: list[int]) -> int:
     return matrices // layout.tp + sum(_held_tables(layout, units).values()) + _norm_parameters(units)
 
 
+def _outside_layers(layout: Layout, units: list[int]) -> int:
+    """Of the parameters of a stage, those that are in no layer."""
+    norms = HIDDEN * ((ENCODER_UNITS.stop in units) + (DECODER_UNITS.stop in units))
+    head = VOCABULARY * HIDDEN // layout.tp if HEAD in units and layout.variant != "tied" else 0
+    return sum(_held_tables(layout, units).values()) + norms + head
+
+
 def _logical_matrices(layout: Layout, units: list[int]) -> int:
     layers = MATRICES["encoder"] * sum(u in ENCODER_UNITS for u in units)
     layers += MATRICES["decoder"] * sum(u in DECODER_UNITS for u in units)
@@ -146,7 +153,10 @@ def _logical_matrices(layout: Layout, units: list[int]) -> int:
 
 
 def _data_parallel(count: Expected, layout: Layout, stages: list[list[int]]) -> None:
-    """Gradients and parameters, once a step whatever the microbatches (ZeRO-3: parameters twice a microbatch)."""
+    """Gradients and parameters, once a step whatever the microbatches.
+
+    ZeRO-3: parameters of layers twice a microbatch, others once. Gradients are fp32 in any case.
+    """
     if layout.dp == 1:
         return
     times, _ = _microbatches(layout)
@@ -158,9 +168,11 @@ def _data_parallel(count: Expected, layout: Layout, stages: list[list[int]]) -> 
         # All layers of so small a model are one unit, what is outside them another.
         has_layers = any(unit in ENCODER_UNITS or unit in DECODER_UNITS for unit in units)
         num_units = 1 if layout.sharding == "optim" else 1 + has_layers
-        gathers = 2 * times if layout.sharding == "optim_grads_params" else 1
-        count.calls["_allgather_base_"] += gathers * num_units
-        count.nbytes["_allgather_base_"] += gathers * nbytes
+        gathers, gathered = num_units, _parameters(layout, units)
+        if layout.sharding == "optim_grads_params":
+            gathers, gathered = times * (1 + 2 * has_layers), times * (2 * gathered - _outside_layers(layout, units))
+        count.calls["_allgather_base_"] += gathers
+        count.nbytes["_allgather_base_"] += gathered * (FP32 if layout.precision == "fp32" else FP32 // 2)
         count.calls["_reduce_scatter_base_"] += num_units
         count.nbytes["_reduce_scatter_base_"] += nbytes
 
@@ -238,6 +250,9 @@ LAYOUTS = {
         Layout(dp=2, sharding="optim"),
         Layout(dp=2, sharding="optim_grads"),
         Layout(dp=2, sharding="optim_grads_params"),
+        Layout(dp=2, sharding="no_shard", precision="bf16"),
+        Layout(dp=2, sharding="optim_grads", precision="bf16", variant="tied"),
+        Layout(dp=2, sharding="optim_grads_params", precision="bf16"),
     ),
     4: (
         Layout(tp=2, sp=True, pp=2, schedule="interleaved", variant="tied"),

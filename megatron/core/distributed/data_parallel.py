@@ -46,9 +46,10 @@ class DataParallel:
       and all gradients reduced once, together, at the end of its last backward: the fewest and largest collectives.
     * `optim_grads` (ZeRO-2): gradients are reduced layer by layer within the last backward. Parameters are gathered
       layer by layer, and once a step too.
-    * `optim_grads_params` (ZeRO-3): parameters are released after each use and gathered again for the backward pass.
-      Not for the split backward pass of torch's zero-bubble schedules, which then loses gradients; ours
-      (`core.pipeline_parallel.runtime`) does not.
+    * `optim_grads_params` (ZeRO-3): parameters of blocks are released after each use and gathered again for the
+      backward pass. What is outside them is in use to the end of the forward pass and from the start of the backward
+      pass, so it is gathered once a microbatch. Not for the split backward pass of torch's zero-bubble schedules, which
+      then loses gradients; ours (`core.pipeline_parallel.runtime`) does not.
 
     Args:
         model: The model or stage; sharded in place.
@@ -90,11 +91,13 @@ class DataParallel:
         layers = [] if self.strategy == "optim" else group_blocks(blocks, MIN_UNIT_MIB * 2**20)
         self.unit_bytes = [sum(map(parameter_bytes, unit)) for unit in layers]
         self.unit_bytes.append(parameter_bytes(self.model) - sum(self.unit_bytes))
-        for unit in [*layers, [self.model]]:
+        root: list[nn.Module] = [self.model]
+        for unit in [*layers, root]:
+            released = self.strategy == "optim_grads_params" and unit is not root
             fully_shard(
                 unit,
                 mesh=self.context.mesh["dp"],
-                reshard_after_forward=self.strategy == "optim_grads_params",
+                reshard_after_forward=released,
                 mp_policy=policy,
             )
         for module in self.model.modules():

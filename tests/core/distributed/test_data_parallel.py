@@ -131,17 +131,21 @@ def _collectives(rank, microbatches):
 
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_collectives_of_a_step(microbatches):
-    """Gradients are reduced once a step, whatever the microbatches; parameters gathered once, but for ZeRO-3."""
+    """Gradients are reduced once a step, whatever the microbatches; parameters gathered once, but for ZeRO-3.
+
+    It gathers those of blocks for each pass of each microbatch, what is outside them once a microbatch.
+    """
     units, gather, scatter = 4, "_allgather_base_", "_reduce_scatter_base_"
     nbytes = 4 * 3 * (2 * WIDTH * WIDTH + WIDTH + WIDTH % 2) + 4 * 2 * WIDTH  # odd rows and the head's one are padded
     for counts in run_distributed(_collectives, 2, microbatches):
         assert counts["no_shard"] == ({"allreduce_": 1}, {"allreduce_": 4 * (3 * (2 * WIDTH + 1) + 1) * WIDTH})
         assert counts["optim"] == ({gather: 1, scatter: 1}, {gather: nbytes, scatter: nbytes})
         assert counts["optim_grads"] == ({gather: units, scatter: units}, {gather: nbytes, scatter: nbytes})
-        gathers = 2 * microbatches
+        head = 4 * 2 * WIDTH
         assert counts["optim_grads_params"] == (
-            {gather: gathers * units, scatter: units}, {gather: gathers * nbytes, scatter: nbytes},
-        )  # fmt: skip
+            {gather: microbatches * (2 * (units - 1) + 1), scatter: units},
+            {gather: microbatches * (2 * (nbytes - head) + head), scatter: nbytes},
+        )
 
 
 @pytest.mark.parametrize("precision", LOW)

@@ -77,4 +77,5 @@ def test_bytes_over_pipeline_and_data_parallel_ranks() -> None:
     assert data_bytes(sizes, [100, 20], "no_shard", 4, 8) == 120 * 8 * 3 / 4
     assert data_bytes(sizes, [120], "optim_grads", 4, 8) == 120 * 8 * 3 / 4
     assert data_bytes(sizes, [120], "optim_grads_params", 4, 8) == 120 * (16 + 1) * 4 * 3 / 4
+    assert data_bytes(sizes, [120], "optim_grads_params", 4, 8, outermost=20) == (8 * (200 + 20) + 120) * 4 * 3 / 4
     assert data_bytes(sizes, [120], "no_shard", 1, 8) == 0

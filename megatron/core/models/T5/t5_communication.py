@@ -16,7 +16,8 @@ A ring sends 2 (n - 1) / n of a tensor's bytes to sum it over n ranks, half of t
 | data, replicas | sum of the gradients in fp32 | 8 (d-1)/d p |
 | data, sharded | parameters gathered, gradients reduced in fp32 | (e + 4) (d-1)/d p |
 
-Parameters that are released after use (`optim_grads_params`) are gathered twice a microbatch. Recomputing whole layers
+Parameters of layers that are released after use (`optim_grads_params`) are gathered twice a microbatch, all others once
+a microbatch. Recomputing whole layers
 repeats the forward part of their sums but for the last. Two numbers a token for the loss, the gradients of replicated
 parameters and a few scalars a step are left out.
 """
@@ -77,7 +78,9 @@ def pipeline_bytes(sizes: T5Memory, plan: StagePlan, rank: int) -> float:
     return sent * sizes.micro_batch_size * sizes.residual_bytes / parts
 
 
-def data_bytes(sizes: T5Memory, parameters: Sequence[int], strategy: str, num_ranks: int, microbatches: int) -> float:
+def data_bytes(
+    sizes: T5Memory, parameters: Sequence[int], strategy: str, num_ranks: int, microbatches: int, outermost: int = 0
+) -> float:
     """What a rank sends to its data-parallel peers in a step.
 
     Args:
@@ -86,8 +89,11 @@ def data_bytes(sizes: T5Memory, parameters: Sequence[int], strategy: str, num_ra
         strategy: Of data parallelism.
         num_ranks: Data-parallel ranks.
         microbatches: Microbatches of a step.
+        outermost: How many of the parameters are outside the layers.
     """
     if strategy == "no_shard":
         return 2 * 4 * sum(parameters) * (num_ranks - 1) / num_ranks
-    gathers = 2 * microbatches if strategy == "optim_grads_params" else 1
-    return (gathers * sizes.number_bytes + 4) * sum(parameters) * (num_ranks - 1) / num_ranks
+    gathered = sum(parameters)
+    if strategy == "optim_grads_params":
+        gathered = microbatches * (2 * gathered - outermost)
+    return (gathered * sizes.number_bytes + 4 * sum(parameters)) * (num_ranks - 1) / num_ranks
