@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 from dataclasses import replace
@@ -168,7 +169,7 @@ def main() -> None:
         rows += compared(of_case)
     publish(
         rows, options.output, "memory", torch=described["torch"], transformers=described["transformers"],
-        gpu=described["gpu"], machine=machine(), command=" ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
+        gpu=described["gpu"], machine=machine(), command=shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
     )  # fmt: skip
     print("\n" + table(rows))
 

@@ -7,7 +7,6 @@ hand.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -54,7 +53,8 @@ class Case:
         pure: Of theirs: the weights and the optimizer's state are bf16, too.
         recompute: Of ours `selective`, of theirs `full`: what is not kept for the backward pass; None: all is.
         clips: Of ours: the gradients are clipped by their norm, as the trainer does.
-        keeps_freed_memory: Whether the allocator of the C library keeps what is freed instead of giving it back.
+        keeps_freed_memory: Whether the C library keeps what is freed, as it does for the trainer on CPUs, instead of giving
+            it back.
         same_weights: Whether theirs has to have the weights of ours.
     """
 
@@ -232,15 +232,6 @@ def batch(case: Case) -> dict[str, Any]:
     return {"encoder_input_ids": encoder, "decoder_input_ids": decoder, "labels": labels}
 
 
-def keep_freed_memory() -> bool:
-    """Tell glibc to serve large tensors from its heap and never to shrink that; False where that is not possible."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    return all([mallopt(m_mmap_max, 0), mallopt(m_trim_threshold, 2**31 - 1), mallopt(m_top_pad, 64 << 20)])
-
-
 def resident_bytes(field: str) -> int:
     """`VmRSS` (now) or `VmHWM` (the most so far) of this process, from Linux; elsewhere the most so far."""
     status = Path("/proc/self/status")
@@ -306,9 +297,12 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     case = Case(**json.loads(sys.argv[1]))
-    kept = case.keeps_freed_memory and keep_freed_memory()
     import torch
 
+    from megatron.training.host_memory import keep_freed_memory
+    from megatron.training.initialize import choose_device
+
+    kept = case.keeps_freed_memory and keep_freed_memory(choose_device())
     torch.set_num_threads(case.threads)
     for module in IMPORTS[case.code]:
         import_module(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import statistics
 import string
 import subprocess
@@ -56,11 +57,19 @@ def run_trainer(case: Case, prefix: Path, max_cpu_isa: str | None) -> float:
             command, env=environment(case.threads, max_cpu_isa), capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise SystemExit("\n".join([*done.stderr.splitlines()[-15:], f"error: the trainer ended: {command}"]))
+            raise SystemExit(
+                "\n".join([*done.stderr.splitlines()[-15:], f"error: the trainer failed: {shlex.join(command)}"])
+            )
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    rates = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row and row["iteration"] > WARM_UP_STEPS]
-    assert len(rates) == STEPS // LOG_INTERVAL
-    return statistics.harmonic_mean(rates)
+    later = [row for row in rows if "tokens_per_s" in row and row["iteration"] > WARM_UP_STEPS]
+    assert len(later) == STEPS // LOG_INTERVAL
+    tokens = round(later[0]["tokens_per_s"] * later[0]["step_time_ms"] / 1e3)
+    if tokens != case.tokens:
+        raise SystemExit(
+            f"error: the trainer's steps have {tokens} tokens, the bare ones {case.tokens}; "
+            "give --batch the decoder length that the trainer chooses"
+        )
+    return statistics.harmonic_mean(row["tokens_per_s"] for row in later)
 
 
 def loop_rows(base: Case, rounds: int, max_cpu_isa: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -82,8 +91,8 @@ def loop_rows(base: Case, rounds: int, max_cpu_isa: str | None) -> tuple[list[di
         for process in (bare_process, clipped_process):
             process.ask(WARM_UP_STEPS)
         for _ in range(rounds):
-            rates["step"].append(base.tokens / bare_process.ask(STEPS)["seconds"])
             rates["trainer"].append(run_trainer(base, prefix, max_cpu_isa))
+            rates["step"].append(base.tokens / bare_process.ask(STEPS)["seconds"])
             rates["clipped_step"].append(base.tokens / clipped_process.ask(STEPS)["seconds"])
     medians = {name: statistics.median(of_name) for name, of_name in rates.items()}
     row = {

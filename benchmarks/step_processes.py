@@ -70,8 +70,9 @@ class StepProcess:
 
 
 def environment(threads: int, max_cpu_isa: str | None) -> dict[str, str]:
-    """The environment of whatever is measured."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    """The environment of whatever is measured, without settings of the allocator, which `Case` has."""
+    allocator = ("MALLOC_", "GLIBC_TUNABLES")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(allocator)}
     return kept | {"OMP_NUM_THREADS": str(threads)} | ({"ONEDNN_MAX_CPU_ISA": max_cpu_isa} if max_cpu_isa else {})
 
 
