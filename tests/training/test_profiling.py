@@ -160,10 +160,10 @@ def test_groups(name: str, group: str) -> None:
 def test_the_summary_adds_up_to_the_measured_time(tmp_path: Path) -> None:
     config = LoggingConfig(profile=True, profile_step_start=2, profile_step_end=4, profile_dir=str(tmp_path / "traces"))
     profiler = StepProfiler(config, None, ParallelContext(torch.device("cpu")))
-    x, elapsed_ms, row = torch.randn(200, 200), 0.0, {}
+    x, row, times_s = torch.randn(200, 200), {}, []
     for step in range(1, 6):
         profiler.before_step(step)
-        start = time.perf_counter()
+        times_s.append(time.perf_counter())
         with profiler.phase(Phase.STEP):
             with profiler.phase(Phase.DATA):
                 time.sleep(0.05)
@@ -171,16 +171,16 @@ def test_the_summary_adds_up_to_the_measured_time(tmp_path: Path) -> None:
                 x @ x
             with profiler.phase(Phase.OPTIMIZER):
                 time.sleep(0.02)
-        if profiler.is_open:
-            elapsed_ms += (time.perf_counter() - start) * 1e3
+        times_s.append(time.perf_counter())
         if profiler.ends_with(step):
             row = profiler.finish(step)
+    elapsed_ms = (times_s[5] - times_s[2]) * 1e3  # from the start of step 2 to the end of step 3
     assert [path.name for path in (tmp_path / "traces").iterdir()] == ["rank0_steps2-4.json.gz"]
     assert row["profile_steps"] == 2
     times = {category: row[f"profile_{category}_ms"] for category in CATEGORIES}
     assert sum(times.values()) == pytest.approx(row["profile_step_time_ms"])
-    assert row["profile_step_time_ms"] == pytest.approx(elapsed_ms / 2, rel=0.05, abs=2)
-    assert times["data_wait"] == pytest.approx(50, abs=20) and times["optimizer"] == pytest.approx(20, abs=20)
+    assert row["profile_step_time_ms"] == pytest.approx(elapsed_ms / 2, rel=0.05)
+    assert times["data_wait"] >= 50 and times["optimizer"] >= 20
     assert times["compute"] > 0 and times["communication_exposed"] == 0
 
 
