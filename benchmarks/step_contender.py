@@ -53,8 +53,7 @@ class Case:
         pure: Of theirs: the weights and the optimizer's state are bf16, too.
         recompute: Of ours `selective`, of theirs `full`: what is not kept for the backward pass; None: all is.
         clips: Of ours: the gradients are clipped by their norm, as the trainer does.
-        keeps_freed_memory: Whether the C library keeps what is freed, as it does for the trainer on CPUs, instead of giving
-            it back.
+        keeps_freed_memory: Whether the C library keeps what is freed, as it does for the trainer on CPUs.
         same_weights: Whether theirs has to have the weights of ours.
     """
 
