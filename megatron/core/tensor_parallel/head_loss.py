@@ -32,8 +32,8 @@ from megatron.core.tensor_parallel.handle import TensorParallel
 IGNORED_LABEL = -100
 # A chunk's logits take at most this much: few chunks, each of which reads and writes the table's gradient once.
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
-# Of the table's gradient, computed at once and added to the sum: a part of a CPU's cache.
-PRODUCT_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+# Of the gradient of the table, computed at once and added to the sum: a part of the last cache of a CPU.
+PRODUCT_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 # fp16 gradients of logits are this much larger: probabilities of rare words are below fp16's smallest number. Those of
 # labels are about -1 before, so that there is room above.
 FP16_GRADIENT_SCALE = 2.0**10
