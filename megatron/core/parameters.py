@@ -270,7 +270,7 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
         torch.set_num_threads(num_threads)
 
 
-def _initialization(parameter: torch.Tensor, spec: ParamSpec, name: str, seed: int) -> Iterator[Callable[[], None]]:
+def _initialization(parameter: torch.Tensor, spec: ParamSpec, name: str, seed: int) -> Iterator[Callable[[], object]]:
     """The parts of filling this rank's share of `parameter`; none depends on another."""
     shape = spec.shape_of(parameter)
     if shape != parameter.shape:
