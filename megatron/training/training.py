@@ -15,7 +15,7 @@ from megatron.core.datasets.loader import Dataset, T5Loader, TensorBatch
 from megatron.core.datasets.prefetch import Prefetcher
 from megatron.core.datasets.sample_ranges import SampleRanges
 from megatron.core.dist_checkpointing import CheckpointError, CheckpointSaver, checkpoint_path
-from megatron.core.distributed import clip_gradients_, global_grad_norm
+from megatron.core.distributed import global_grad_norm, gradient_divisor
 from megatron.core.errors import NumericalError, RunError, SaveError, UserError
 from megatron.core.huggingface import export_checkpoint, require_exportable, require_replaceable
 from megatron.core.models.T5.t5_flops import training_flops_per_sequence
@@ -209,14 +209,13 @@ class Trainer:
             norm = global_grad_norm(self.parameters, self.context, scale, loss_sums)
             self.window.grad_norm = norm.item()
             finite, fault = math.isfinite(self.window.grad_norm), ""
-            if finite:
-                clip_gradients_(self.parameters, norm, self.config.optimizer.clip_grad, scale)
         self.window.learning_rate = self.schedule(self._schedule_position())
         if finite:
             if self.saver is not None:
                 self.saver.wait_for_copies()  # of what the step changes; forward and backward ran beside them
             with self.profiler.phase(Phase.OPTIMIZER):
-                self.optimizer.step(self.window.learning_rate)
+                divisor = gradient_divisor(norm, self.config.optimizer.clip_grad, scale)
+                self.optimizer.step(self.window.learning_rate, divisor)
             self.skips.made()
         else:
             fault = describe_nonfinite(self.parameters, loss_sums, self.context)

@@ -3,7 +3,7 @@
 from megatron.core.distributed.data_parallel import DataParallel, ShardingStrategy, default_sharding_strategy
 from megatron.core.distributed.flat_all_reduce import all_reduce_gradients_
 from megatron.core.distributed.gradient_reduction import GradientReduction
-from megatron.core.distributed.gradients import clip_gradients_, global_grad_norm, sum_replicated_gradients_
+from megatron.core.distributed.gradients import global_grad_norm, gradient_divisor, sum_replicated_gradients_
 from megatron.core.distributed.shared_parameters import SharedParameters
 
 __all__ = [
@@ -12,8 +12,8 @@ __all__ = [
     "ShardingStrategy",
     "SharedParameters",
     "all_reduce_gradients_",
-    "clip_gradients_",
     "default_sharding_strategy",
     "global_grad_norm",
+    "gradient_divisor",
     "sum_replicated_gradients_",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch.distributed import all_reduce
 
 from megatron.core.distributed.flat_all_reduce import all_reduce_gradients_
+from megatron.core.extensions import cpu_elementwise
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import ModelParameter, counted_here, local_tensor, sharded_axes
 
@@ -61,30 +63,23 @@ def global_grad_norm(
 def _sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)
+    if all(map(cpu_elementwise.supports, tensors)):
+        return torch.tensor(math.fsum(map(cpu_elementwise.sum_of_squares, tensors)), dtype=torch.float64)
     return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
 
 @torch.no_grad()
-def clip_gradients_(
-    parameters: Sequence[ModelParameter], norm: torch.Tensor, max_norm: float, loss_scale: float = 1.0
-) -> None:
-    """Take the loss scale out of all gradients and clip them to `max_norm`, in one multiplication in place.
+def gradient_divisor(norm: torch.Tensor, max_norm: float, loss_scale: float = 1.0) -> torch.Tensor | None:
+    """What the optimizer divides all gradients by, to take out the loss scale and clip them; None: by nothing.
 
     Without a copy to the host when the gradients are on a GPU. A non-finite norm must have been dealt with before.
 
     Args:
-        parameters: What this rank holds.
         norm: Of the gradients without the loss scale, as `global_grad_norm` returns it.
         max_norm: The gradients are scaled to it when `norm` is larger; 0 leaves them as they are.
         loss_scale: Factor by which the gradients are too large.
     """
     clips = max_norm > 0 and (norm.device.type != "cpu" or bool(norm > max_norm))
-    if not clips and loss_scale == 1.0:
-        return
-    gradients = [local_tensor(p.parameter.grad) for p in parameters if p.parameter.grad is not None]
-    if not gradients:
-        return
-    coefficient = torch.full_like(norm, 1.0 / loss_scale)
-    if clips:
-        coefficient *= (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, coefficient.to(gradients[0].dtype))
+    if not clips:
+        return None if loss_scale == 1.0 else torch.full_like(norm, loss_scale)
+    return loss_scale * ((norm + CLIP_EPSILON) / max_norm).clamp(min=1.0)

@@ -425,3 +425,13 @@ def logits_gradient_(
         torch.get_num_threads(),
     )
     return logits
+
+
+# Gradient norm
+
+
+def sum_of_squares(tensor: Tensor) -> float:
+    """Sum of the squares of all elements, in fp32 within blocks and in fp64 over them; no autograd."""
+    assert supports(tensor), (tensor.device, tensor.dtype)
+    tensor = tensor.detach().contiguous()
+    return kernels.sum_of_squares(tensor.data_ptr(), DTYPES[tensor.dtype], tensor.numel(), torch.get_num_threads())

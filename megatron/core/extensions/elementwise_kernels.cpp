@@ -405,6 +405,42 @@ void rms_norm_gradient(std::uintptr_t more, std::uintptr_t gradient, std::uintpt
     }
 }
 
+// ---- Gradient norm ----
+
+constexpr std::int64_t SQUARES_BLOCK = 1 << 12;
+
+template <class T>
+MULTIVERSIONED float block_of_squares(const T* values, std::int64_t size) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t i = 0; i < size; ++i) {
+        const float value = load(values + i);
+        sum += value * value;
+    }
+    return sum;
+}
+
+// Blocks of a fixed size in fp32, added up in their order in fp64: the same bits for any number of threads.
+double sum_of_squares(std::uintptr_t address, const std::string& dtype, std::int64_t size, int threads) {
+    require(size >= 0 && threads > 0, "sizes must be positive");
+    const std::int64_t blocks = (size + SQUARES_BLOCK - 1) / SQUARES_BLOCK;
+    std::vector<float> partial(static_cast<std::size_t>(blocks));
+    float* sums = partial.data();
+    py::gil_scoped_release release;
+    with_type(dtype, [&](auto type) {
+        const auto* values = at<const decltype(type)>(address);
+        parallel_for(blocks, size, threads, [=](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t block = begin; block < end; ++block) {
+                const std::int64_t start = block * SQUARES_BLOCK;
+                sums[block] = block_of_squares(values + start, std::min(SQUARES_BLOCK, size - start));
+            }
+        });
+    });
+    double total = 0.0;
+    for (const float sum : partial) total += sum;
+    return total;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(elementwise_kernels, module) {
@@ -416,4 +452,5 @@ PYBIND11_MODULE(elementwise_kernels, module) {
     module.def("dropout", &dropout);
     module.def("rms_norm", &rms_norm);
     module.def("rms_norm_gradient", &rms_norm_gradient);
+    module.def("sum_of_squares", &sum_of_squares);
 }

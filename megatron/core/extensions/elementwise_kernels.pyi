@@ -67,3 +67,6 @@ def rms_norm_gradient(
     threads: int,
 ) -> None:
     """Gradients of x, plus `more` unless 0, and of the weight, fp32; dtypes are those of x and of the gradient."""
+
+def sum_of_squares(address: int, dtype: str, size: int, threads: int) -> float:
+    """Sum of the squares of `size` numbers."""

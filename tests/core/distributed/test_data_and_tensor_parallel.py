@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from megatron.core.config import ComputeConfig, OptimizerConfig, ParallelConfig
 from megatron.core.distributed import (
     DataParallel,
-    clip_gradients_,
     data_parallel,
     global_grad_norm,
+    gradient_divisor,
     sum_replicated_gradients_,
 )
 from megatron.core.optimizer import build_optimizer
@@ -138,8 +138,7 @@ def train(context, strategy, split, optimizer_name, microbatches=2):
         assert count.calls == ({"allreduce_": 1} if context.world_size > 1 else {})
         if step == 0:
             gradients = {p.name: whole(p.parameter.grad) for p in parameters}
-        clip_gradients_(parameters, norm, 1.0)
-        optimizer.step(0.05)
+        optimizer.step(0.05, gradient_divisor(norm, 1.0))
         optimizer.zero_grad()
         norms.append(norm.item())
     named = zip(optimizer.names, optimizer.parameters, strict=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron.core.config import OptimizerConfig, ParallelConfig
-from megatron.core.distributed import clip_gradients_, global_grad_norm
+from megatron.core.distributed import global_grad_norm, gradient_divisor
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.optimizer import build_optimizer
 from megatron.core.parallel_state import ParallelContext
@@ -42,8 +42,7 @@ def one_process(optimizer_name):
 
 def update(optimizer, parameters, context):
     norm = global_grad_norm(parameters, context)
-    clip_gradients_(parameters, norm, 1.0)
-    optimizer.step(LEARNING_RATE)
+    optimizer.step(LEARNING_RATE, gradient_divisor(norm, 1.0))
     optimizer.zero_grad()
     return norm.item()
 

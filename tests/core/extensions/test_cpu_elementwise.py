@@ -341,3 +341,17 @@ def test_kernels_refuse_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="probability"):
         kernels.dropout(0, x.data_ptr(), x.data_ptr(), "float32", 1, 4, 1.0, seed, 1)
     assert not ours.supports(x.double()) and not ours.supports(x.half()) and not ours.supports(x.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0, 1, 16384, 100_003])
+def test_sums_of_squares(size, dtype, monkeypatch):
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    found = ours.sum_of_squares(values)
+    assert found == pytest.approx(values.double().square().sum().item(), rel=2e-6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert ours.sum_of_squares(values) == found
+    for wrong in (float("inf"), float("-inf"), float("nan")):
+        if size:
+            values[size // 2] = wrong
+            assert not math.isfinite(ours.sum_of_squares(values))
