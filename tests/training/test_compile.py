@@ -37,7 +37,11 @@ LAYOUTS = {
     "DP2 optim_grads": (2, "--data-parallel-sharding-strategy optim_grads --bf16"),
     "DP2 optim_grads_params": (2, "--data-parallel-sharding-strategy optim_grads_params"),
     "PP2 interleaved": (2, "--pipeline-model-parallel-size 2 --pipeline-schedule interleaved"),
-    "TP2 SP, PP2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    "TP2 SP, PP2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
+        "--pipeline-schedule interleaved",
+    ),
     "recompute full": (2, f"--tensor-model-parallel-size 2 --recompute-granularity full {DROPOUT}"),
     "recompute selective": (2, f"--tensor-model-parallel-size 2 --recompute-granularity selective {DROPOUT}"),
     "recompute full, DP2": (2, "--recompute-granularity full --data-parallel-sharding-strategy optim_grads_params"),
