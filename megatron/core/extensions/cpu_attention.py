@@ -20,13 +20,13 @@ from megatron.core.extensions import attention_kernels as kernels
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LIBRARY = torch.library.Library("megatron_t5", "FRAGMENT")
 LIBRARY.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? diagonals, Tensor? mask, Tensor? seed, bool causal, "
+    "attention(Tensor query, Tensor? key, Tensor? value, Tensor? diagonals, Tensor? mask, Tensor? seed, bool causal, "
     "float scale, float dropout, bool recompute) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor probabilities, "
     "Tensor statistics, Tensor? diagonals, Tensor? mask, Tensor? seed, bool causal, float scale, float dropout, "
-    "bool diagonals_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+    "int fused, bool diagonals_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -35,10 +35,20 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in DTYPES
 
 
+def separate(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value `[b, s, n, d]` of the projections that `attention` takes."""
+    if key is None:
+        query, key, value = query.unbind(-2)
+    elif value is None:
+        key, value = key.unbind(-2)
+    assert value is not None
+    return query, key, value
+
+
 def attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     diagonals: Tensor | None,
     mask: Tensor | None,
     *,
@@ -51,9 +61,10 @@ def attention(
     """Softmax attention with an additive bias.
 
     Args:
-        query: `[b, q, n, d]`, fp32 or bf16, any strides.
-        key: `[b, k, n, d]`.
-        value: `[b, k, n, d]`.
+        query: `[b, q, n, d]`, fp32 or bf16, any strides; or of query, key and value, `[b, s, n, 3, d]`. What comes
+            as one tensor has one gradient, which nobody has to put together.
+        key: `[b, k, n, d]`; of key and value, `[b, k, n, 2, d]`; None if `query` holds it.
+        value: `[b, k, n, d]`; None if `query` or `key` holds it.
         diagonals: fp32 `[n, q + k - 1]`, added to the scores by ascending key - query, or None.
         mask: Added to the scores, `[b or 1, n or 1, q or 1, k]`, or None; gets no gradient.
         causal: Keys after the query get no probability, and their scores are never looked at.
@@ -65,6 +76,7 @@ def attention(
     Returns:
         `[b, q, n, d]`, contiguous.
     """
+    assert value is None or key is not None
     assert supports(query.device, query.dtype), (query.device, query.dtype)
     # Drawn from torch's generator, so that what restores its state for a recomputation gets the same dropout.
     seed = torch.randint(2**62, (1,)) + stream if dropout > 0.0 else None
@@ -153,18 +165,27 @@ def _to_heads(tensor: Tensor) -> Tensor:
     return result.flatten(0, 1)
 
 
-def _from_heads(tensor: Tensor, batch: int, heads: int) -> Tensor:
-    """`[b n, s, d]`, any strides, to a contiguous `[b, s, n, d]`."""
-    by_head = tensor.unflatten(0, (batch, heads)).transpose(1, 2)  # [b, s, n, d]
-    result = torch.empty_like(by_head, memory_format=torch.contiguous_format)
-    _copy_heads(by_head, result)
-    return result
+def _from_heads(tensor: Tensor, target: Tensor) -> None:
+    """`[b n, s, d]` to `[b, s, n, d]`, any strides."""
+    _copy_heads(tensor.unflatten(0, (target.shape[0], target.shape[2])).transpose(1, 2), target)
+
+
+def _empty_gradients(gradient: Tensor, keys: int, fused: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For the gradients of the projections, which `attention` was given with `fused` of them in one tensor."""
+    batch, queries, heads, channels = gradient.shape
+    shapes: dict[int, tuple[tuple[int, ...], ...]] = {
+        1: (gradient.shape, (batch, keys, heads, channels), (batch, keys, heads, channels)),
+        2: (gradient.shape, (batch, keys, heads, 2, channels), (0,)),
+        3: ((batch, queries, heads, 3, channels), (0,), (0,)),
+    }
+    query, key, value = (gradient.new_empty(shape) for shape in shapes[fused])
+    return query, key, value
 
 
 def _forward(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     diagonals: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
@@ -173,7 +194,9 @@ def _forward(
     dropout: float,
     recompute: bool,
 ) -> tuple[Tensor, ...]:
+    query, key, value = separate(query, key, value)
     batch, queries, heads, _ = query.shape
+    context = query.new_empty(query.shape)
     shape = (batch, heads, queries, key.shape[1])
     rules = _Scores.of(shape, query.dtype, diagonals, mask, seed, causal, scale, dropout)
     query, key, value = _to_heads(query), _to_heads(key), _to_heads(value)
@@ -181,7 +204,7 @@ def _forward(
     statistics = torch.empty(*scores.shape[:2], 2, dtype=torch.float32)
     dropped = torch.empty_like(scores) if dropout else None
     rules.softmax_(scores, statistics, known=False, dropped=dropped)
-    context = _from_heads(torch.bmm(scores if dropped is None else dropped, value), batch, heads)
+    _from_heads(torch.bmm(scores if dropped is None else dropped, value), context)
     return context, query, key, value, scores.new_empty(0) if recompute else scores, statistics
 
 
@@ -198,9 +221,11 @@ def _backward(
     causal: bool,
     scale: float,
     dropout: float,
+    fused: int,
     diagonals_gradient: bool,
 ) -> tuple[Tensor, ...]:
     batch, queries, heads, _ = gradient.shape
+    gradients = _empty_gradients(gradient, key.shape[1], fused)
     shape = (batch, heads, queries, key.shape[1])
     rules = _Scores.of(shape, gradient.dtype, diagonals, mask, seed, causal, scale, dropout)
     if not probabilities.numel():
@@ -215,14 +240,16 @@ def _backward(
     query_gradient = torch.bmm(scores_gradient, key)  # [b n, q, d]
     key_gradient = torch.bmm(query.transpose(1, 2), scores_gradient)  # [b n, d, k]
     by_head = (query_gradient, key_gradient.transpose(1, 2), value_gradient.transpose(1, 2))
-    gradients = (_from_heads(tensor, batch, heads) for tensor in by_head)
+    projections = separate(gradients[0], gradients[1] if fused < 3 else None, gradients[2] if fused < 2 else None)
+    for tensor, target in zip(by_head, projections, strict=True):
+        _from_heads(tensor, target)
     return (*gradients, statistics.new_empty(0) if sums is None else sums)
 
 
 def _fake_forward(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     diagonals: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
@@ -231,6 +258,7 @@ def _fake_forward(
     dropout: float,
     recompute: bool,
 ) -> tuple[Tensor, ...]:
+    query, key, value = separate(query, key, value)
     batch, queries, heads, channels = query.shape
     keys = key.shape[1]
     by_head = (
@@ -244,21 +272,15 @@ def _fake_forward(
 
 
 def _fake_backward(gradient: Tensor, query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    batch, queries, heads, channels = gradient.shape
-    keys, diagonals_gradient = key.shape[1], arguments[-1]
-    diagonals = (heads, queries + keys - 1) if diagonals_gradient else (0,)
-    return (
-        gradient.new_empty(batch, queries, heads, channels),
-        gradient.new_empty(batch, keys, heads, channels),
-        gradient.new_empty(batch, keys, heads, channels),
-        gradient.new_empty(diagonals, dtype=torch.float32),
-    )
+    keys, (fused, diagonals_gradient) = key.shape[1], arguments[-2:]
+    diagonals = (gradient.shape[2], gradient.shape[1] + keys - 1) if diagonals_gradient else (0,)
+    return (*_empty_gradients(gradient, keys, fused), gradient.new_empty(diagonals, dtype=torch.float32))
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    diagonals, mask, seed, *options, _ = inputs[3:]
+    _, key, value, diagonals, mask, seed, *options, _ = inputs
     ctx.save_for_backward(*output[1:], diagonals, mask, seed)
-    ctx.options = options
+    ctx.options = (*options, 3 if key is None else 2 if value is None else 1)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -268,7 +290,8 @@ def _differentiate(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor 
         return (None,) * 10
     wanted = ctx.needs_input_grad[3]
     result = torch.ops.megatron_t5.attention_backward(gradient, *ctx.saved_tensors, *ctx.options, wanted)
-    return *result[:3], result[3] if wanted else None, *(None,) * 6
+    projections = (tensor if index <= 3 - ctx.options[-1] else None for index, tensor in enumerate(result[:3]))
+    return *projections, result[3] if wanted else None, *(None,) * 6
 
 
 LIBRARY.impl("attention", _forward, "CPU")

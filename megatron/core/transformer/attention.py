@@ -118,17 +118,22 @@ class Attention(nn.Module):
             output_dtype=residual_dtype(compute),
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: ScoreBias) -> Tensor:
-        """`query` `[b, q, n, d]`, `key`, `value` `[b, k, n, d]`, `bias` of scores `[b, n, q, k]`: `[b, q', h]`."""
+    def attend(self, query: Tensor, key: Tensor | None, value: Tensor | None, bias: ScoreBias) -> Tensor:
+        """`query` `[b, q, n, d]`, `key`, `value` `[b, k, n, d]`, `bias` of scores `[b, n, q, k]`: `[b, q', h]`.
+
+        Of a fused projection, `query` is `[b, s, n, 3, d]` or `key` `[b, k, n, 2, d]` and what they hold is None.
+        """
         dropout = self.dropout if self.training else 0.0
         backend = choose_backend(self.backend, query.device, query.dtype)
         if backend == "cpu":
             context = self._attend_on_cpu(query, key, value, bias, dropout)
         else:
-            context = self._attend(backend, query, key, value, bias, dropout)
+            context = self._attend(backend, *cpu_attention.separate(query, key, value), bias, dropout)
         return self.o(context.flatten(2))  # [b, q, n, d] -> [b, q, n d] -> [b, q', h]
 
-    def _attend_on_cpu(self, query: Tensor, key: Tensor, value: Tensor, bias: ScoreBias, dropout: float) -> Tensor:
+    def _attend_on_cpu(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, bias: ScoreBias, dropout: float
+    ) -> Tensor:
         diagonals = None if bias.diagonals is None else bias.diagonals.float()
         return cpu_attention.attention(
             query, key, value, diagonals, bias.mask,
@@ -188,10 +193,10 @@ class _SelfAttention(Attention):
     def forward(self, hidden: Tensor, bias: ScoreBias, rotary: RotaryAngles | None) -> Tensor:
         """`hidden` `[b, s', h]` to `[b, s', h]`; `bias` carries every mask."""
         fused = self.qkv(hidden).unflatten(-1, (self.num_heads, 3, self.head_dim))  # [b, s, n, 3, d]
+        if rotary is None:
+            return self.attend(fused, None, None, bias)
         query, key, value = fused.unbind(-2)
-        if rotary is not None:
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        return self.attend(query, key, value, bias)
+        return self.attend(apply_rotary(query, rotary), apply_rotary(key, rotary), value, bias)
 
 
 class EncoderSelfAttention(_SelfAttention):
@@ -236,14 +241,18 @@ class CrossAttention(Attention):
 
     def forward(self, hidden: Tensor, encoder_output: Tensor, bias: ScoreBias) -> Tensor:
         """`hidden` `[b, t', h]` and `encoder_output` `[b, s, h]`, whole on every rank, to `[b, t', h]`."""
-        return self.attend_to(hidden, *self.keys_values(encoder_output), bias)
+        return self.attend_to(hidden, self._fused_keys_values(encoder_output), None, bias)
+
+    def _fused_keys_values(self, encoder_output: Tensor) -> Tensor:
+        fused: Tensor = self.kv(encoder_output).unflatten(-1, (self.num_heads, 2, self.head_dim))
+        return fused  # [b, s, n, 2, d]
 
     def keys_values(self, encoder_output: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[b, s, n, d]` of the encoder output `[b, s, h]`."""
-        fused = self.kv(encoder_output).unflatten(-1, (self.num_heads, 2, self.head_dim))  # [b, s, n, 2, d]
-        return fused.unbind(-2)
+        key, value = self._fused_keys_values(encoder_output).unbind(-2)
+        return key, value
 
-    def attend_to(self, hidden: Tensor, key: Tensor, value: Tensor, bias: ScoreBias) -> Tensor:
-        """`hidden` `[b, t', h]` to `[b, t', h]` with the results of `keys_values`."""
+    def attend_to(self, hidden: Tensor, key: Tensor, value: Tensor | None, bias: ScoreBias) -> Tensor:
+        """`hidden` `[b, t', h]` to `[b, t', h]` with the results of `keys_values`; fused, `value` is None."""
         query = self.q(hidden).unflatten(-1, (self.num_heads, self.head_dim))  # [b, t, n, d]
         return self.attend(query, key, value, bias)

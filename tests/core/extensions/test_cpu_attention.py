@@ -80,6 +80,25 @@ def test_equals_float64(
         torch.testing.assert_close(actual.double(), wanted.double(), rtol=tolerance, atol=4 * tolerance)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (19, 70)])
+def test_fused_projections_change_no_bit(dtype: torch.dtype, queries: int, keys: int) -> None:
+    """Of one tensor for all, or for keys and values, the same results and one gradient."""
+    *inputs, diagonals = sample(dtype, queries=queries, keys=keys)
+    output = attention(*inputs, diagonals, None, causal=True)
+    expected = gradients(output, [*inputs, diagonals])
+    query, key, value = (tensor.detach() for tensor in inputs)
+    for parts in ([query, key, value],) * (queries == keys) + ([key, value],):
+        fused = torch.stack(parts, dim=-2).requires_grad_()
+        projections = (fused, None, None) if len(parts) == 3 else (query.requires_grad_(), fused, None)
+        result = attention(*projections, diagonals, None, causal=True)
+        assert torch.equal(result, output)
+        differentiated = [tensor for tensor in projections if tensor is not None]
+        *actual, fused_gradient, bias_gradient = gradients(result, [*differentiated, diagonals])
+        for a, b in zip((*actual, *fused_gradient.unbind(-2), bias_gradient), expected, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 70), (2, 1, 19, 70), (2, 3, 1, 70), (2, 3, 19, 70)])
 def test_masks_broadcast(shape: tuple[int, ...]) -> None:
     *inputs, diagonals = sample(torch.float32, queries=19, keys=70)
@@ -202,9 +221,13 @@ def test_operator_is_well_formed(recompute: bool) -> None:
     forward = torch.ops.megatron_t5.attention.default
     torch.library.opcheck(forward, (*inputs, mask, None, False, 1.0, 0.0, recompute))
     torch.library.opcheck(forward, (*inputs[:3], None, None, seed, True, 0.5, 0.1, recompute))
+    query, key_value = (torch.randn(2, 9, 3, *shape, requires_grad=True) for shape in ((8,), (2, 8)))
+    torch.library.opcheck(forward, (query, key_value, None, None, None, None, True, 0.5, 0.0, recompute))
     context, *saved = forward(*(tensor.detach() for tensor in inputs), mask, None, True, 1.0, 0.0, recompute)
     backward = torch.ops.megatron_t5.attention_backward.default
-    torch.library.opcheck(backward, (context, *saved, inputs[3].detach(), mask, None, True, 1.0, 0.0, True))
+    for fused in (1, 2):
+        options = (True, 1.0, 0.0, fused, True)
+        torch.library.opcheck(backward, (context, *saved, inputs[3].detach(), mask, None, *options))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
