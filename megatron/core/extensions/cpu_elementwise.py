@@ -289,6 +289,23 @@ class _RMSNorm(Function):
         return x_gradient, weight_gradient.to(weight.dtype), None, None
 
 
+class _RMSNormBeside(Function):
+    """The norm and its input, whose two gradients are then one pass instead of two and a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return x.view_as(x), torch.ops.megatron_t5.rms_norm(x, weight, epsilon, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, also: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        x_gradient, weight_gradient = torch.ops.megatron_t5.rms_norm_gradient(also, gradient, x, weight, ctx.epsilon)
+        return x_gradient, weight_gradient.to(weight.dtype), None, None
+
+
 class _AddRMSNorm(Function):
     @staticmethod
     def forward(
@@ -334,6 +351,15 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, output_dtype: torch.dtyp
     dtype = output_dtype or x.dtype
     _check_norm(x, weight, dtype)
     return _RMSNorm.apply(x, weight, epsilon, dtype)
+
+
+def rms_norm_beside(
+    x: Tensor, weight: Tensor, epsilon: float, output_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x` itself and `rms_norm(x, ...)`, for where both are used."""
+    dtype = output_dtype or x.dtype
+    _check_norm(x, weight, dtype)
+    return _RMSNormBeside.apply(x, weight, epsilon, dtype)
 
 
 def add_rms_norm(

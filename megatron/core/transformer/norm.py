@@ -42,6 +42,13 @@ class RMSNorm(nn.Module):
         # The weight multiplies after the cast back, as in T5X.
         return (F.rms_norm(x, self.weight.shape, eps=self.epsilon) * weight.to(x.dtype)).to(dtype)
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` and its norm, `[..., h]` each, for where both go on."""
+        dtype = self.output_dtype or x.dtype
+        if self._on_cpu(x, dtype):
+            return cpu_elementwise.rms_norm_beside(x, local_tensor(self.weight), self.epsilon, dtype)
+        return x, self(x)
+
     def add(self, residual: Tensor, branch: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """`residual + dropout(branch, p)` and its norm, `[..., h]` each."""
         dtype = self.output_dtype or residual.dtype
@@ -71,6 +78,10 @@ class LayerNorm(nn.Module):
         """`[..., h]` to `[..., h]`."""
         weight, bias = local_tensor(self.weight).to(x.dtype), local_tensor(self.bias).to(x.dtype)
         return F.layer_norm(x, self.weight.shape, weight, bias, self.epsilon).to(self.output_dtype or x.dtype)
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` and its norm, `[..., h]` each, for where both go on."""
+        return x, self(x)
 
     def add(self, residual: Tensor, branch: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """`residual + dropout(branch, p)` and its norm, `[..., h]` each."""

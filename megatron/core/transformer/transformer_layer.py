@@ -49,7 +49,8 @@ class EncoderLayer(_Layer):
     def forward(self, hidden: Tensor, bias: ScoreBias, rotary: RotaryAngles | None) -> Tensor:
         """`hidden` `[b, s', h]` to `[b, s', h]`; `bias` is that of its scores `[b, n, s, s]`."""
         p = self.dropout if self.training else 0.0
-        attended = self.self_attention(self.self_attention_norm(hidden), self.own_bias(bias), rotary)
+        hidden, normed = self.self_attention_norm.beside(hidden)
+        attended = self.self_attention(normed, self.own_bias(bias), rotary)
         hidden, normed = self.mlp_norm.add(hidden, attended, p)
         return add_dropout(hidden, self.mlp(normed), p)
 
@@ -79,7 +80,8 @@ class DecoderLayer(_Layer):
         `bias` is that of the scores `[b, n, t, t]` and hides future keys, `cross_bias` that of `[b, n, t, s]`.
         """
         p = self.dropout if self.training else 0.0
-        attended = self.self_attention(self.self_attention_norm(hidden), self.own_bias(bias), rotary)
+        hidden, normed = self.self_attention_norm.beside(hidden)
+        attended = self.self_attention(normed, self.own_bias(bias), rotary)
         hidden, normed = self.cross_attention_norm.add(hidden, attended, p)
         attended = self.cross_attention(normed, encoder_output, cross_bias)
         hidden, normed = self.mlp_norm.add(hidden, attended, p)

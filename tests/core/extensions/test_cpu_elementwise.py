@@ -355,3 +355,18 @@ def test_sums_of_squares(size, dtype, monkeypatch):
         if size:
             values[size // 2] = wrong
             assert not math.isfinite(ours.sum_of_squares(values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_beside_its_input_has_the_gradient_of_both(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 33, generator=generator).to(dtype).requires_grad_()
+    weight = torch.rand(33, generator=generator).requires_grad_()
+    outer = [torch.randn(5, 33, generator=generator).to(dtype) for _ in range(2)]
+    same, normed = ours.rms_norm_beside(x, weight, 1e-6)
+    assert torch.equal(same, x) and torch.equal(normed, ours.rms_norm(x, weight, 1e-6))
+    found = torch.autograd.grad((same, normed), (x, weight), outer)
+    gradients = torch.autograd.grad(ours.rms_norm(x, weight, 1e-6), (x, weight), outer[1])
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}  # rounded once instead of twice
+    torch.testing.assert_close(found[0], gradients[0] + outer[0], **tolerance)
+    assert torch.equal(found[1], gradients[1])
