@@ -260,11 +260,16 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
     ]
     # A generator yields its numbers one after the other, but each block has its own: threads share the blocks. Within
     # a block, threads of torch's would cost more than they spare.
-    num_threads = torch.get_num_threads()
+    num_threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def run(task: Callable[[], object]) -> None:
+        with torch.inference_mode(inference):  # a thread does not take it over
+            task()
+
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(num_threads) as pool:
-            for _ in pool.map(lambda task: task(), tasks):
+            for _ in pool.map(run, tasks):
                 pass
     finally:
         torch.set_num_threads(num_threads)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,6 +40,7 @@ from megatron.core.transformer.attention_bias import (
     pad_masks,
     visible_keys,
 )
+from megatron.core.transformer.elementwise import dropout
 from megatron.core.transformer.initialization import matrix_init
 from megatron.core.transformer.norm import build_norm
 from megatron.core.transformer.precision import compute_dtype, residual_dtype
@@ -111,7 +111,7 @@ class T5Embedding(nn.Module):
             first = self.tensor_parallel.rank * hidden.shape[1] if self.tensor_parallel.sequence_parallel else 0
             hidden = hidden + self.position_embeddings.rows(first, hidden.shape[1])
             hidden = hidden.to(self.residual_dtype or hidden.dtype)
-        return F.dropout(hidden, self.dropout, self.training)
+        return dropout(hidden, self.dropout if self.training else 0.0)
 
     def step(self, input_ids: Tensor, position: int) -> Tensor:
         """Ids `[b, m]`, all of one position, to `[b, m, h]`, without dropout."""
@@ -192,7 +192,7 @@ class _Stack(nn.Module):
         """Final norm and dropout, where they are part of this stack."""
         if self.final_norm is None:
             return hidden
-        return F.dropout(self.final_norm(hidden), self.dropout, self.training)
+        return dropout(self.final_norm(hidden), self.dropout if self.training else 0.0)
 
 
 def _run(layers: list[nn.Module], hidden: Tensor, *arguments: Any) -> Tensor:
