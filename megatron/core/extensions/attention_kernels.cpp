@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_rule.h"
 #include "parallel.h"
 #include "random_bits.h"
 #include "vector_math.h"
@@ -27,6 +28,7 @@ using megatron::bfloat16;
 using megatron::load;
 using megatron::parallel_for;
 using megatron::random_bits;
+using megatron::ScoreRule;
 using megatron::store;
 using std::int64_t;
 
@@ -54,50 +56,6 @@ void with_type(const std::string& dtype, const Function& function) {
         throw std::invalid_argument("dtype must be float32 or bfloat16, not " + dtype);
     }
 }
-
-// What becomes of scores on their way to probabilities: a scale, what is added, what is dropped.
-class ScoreRule {
-   public:
-    const int64_t batch, heads, queries, keys;
-    const bool causal;
-    const float scale;
-    const std::uint64_t seed;
-    const megatron::DropoutRate dropout;
-
-    ScoreRule(int64_t batch, int64_t heads, int64_t queries, int64_t keys, bool causal, float scale,
-              std::uintptr_t diagonals, std::uintptr_t mask, int64_t mask_batch_stride, int64_t mask_head_stride,
-              int64_t mask_query_stride, std::uint64_t seed, double dropout)
-        : batch(batch), heads(heads), queries(queries), keys(keys), causal(causal), scale(scale), seed(seed),
-          dropout(megatron::dropout_rate(dropout)), diagonals_(at<const float>(diagonals)),
-          mask_(at<const float>(mask)), mask_batch_stride_(mask_batch_stride), mask_head_stride_(mask_head_stride),
-          mask_query_stride_(mask_query_stride) {
-        require(batch >= 0 && heads > 0 && queries > 0 && keys > 0, "sizes of scores must be positive");
-        require(dropout >= 0.0 && dropout < 1.0, "dropout must be in [0, 1)");
-        zeros_.assign(keys, 0.0f);
-    }
-
-    int64_t items() const { return batch * heads; }
-    int64_t rows() const { return items() * queries; }
-    int64_t diagonals_length() const { return queries + keys - 1; }
-    // Number of keys that a query may see.
-    int64_t visible(int64_t query) const { return causal ? std::min(query + 1, keys) : keys; }
-    // What is added to the scores of a query, by key.
-    const float* bias(int64_t item, int64_t query) const {
-        if (!diagonals_) return zeros_.data();
-        return diagonals_ + item % heads * diagonals_length() + queries - 1 - query;
-    }
-    const float* mask(int64_t item, int64_t query) const {
-        if (!mask_) return zeros_.data();
-        return mask_ + item / heads * mask_batch_stride_ + item % heads * mask_head_stride_ +
-               query * mask_query_stride_;
-    }
-
-   private:
-    const float* const diagonals_;  // [n, q + k - 1] by ascending key - query, or null
-    const float* const mask_;       // additive, or null
-    const int64_t mask_batch_stride_, mask_head_stride_, mask_query_stride_;
-    std::vector<float> zeros_;  // [k], in place of what is null: one loop for all cases
-};
 
 // Biased scores of a row to `buffer`; returns their maximum, in which NaN do not count.
 template <class T>
@@ -247,12 +205,7 @@ void softmax_backward(const ScoreRule& rule, const std::string& dtype, std::uint
         });
     });
     if (!diagonals) return;
-    float* total = at<float>(diagonals);
-    std::fill(total, total + rule.heads * length, 0.0f);
-    for (int64_t item = 0; item < rule.items(); ++item) {
-        float* target = total + item % rule.heads * length;
-        for (int64_t j = 0; j < length; ++j) target[j] += sums[item * length + j];
-    }
+    rule.sum_over_batch(sums.data(), at<float>(diagonals));
 }
 
 // Where the elements of [b, s, n, d] lie; strides in elements.

@@ -1,22 +1,28 @@
 """Attention on CPUs as one operator with a backward pass of its own.
 
-The products are torch's; what lies between them is one pass over the scores, in place (attention_kernels.cpp). A bias
-that depends on the distance of key and query stays a vector throughout. Dropout keeps no mask: its random bits are a
-function of a seed and the place, and the backward pass computes them again.
+On processors with matrix tiles, bf16 attention is one kernel that keeps scores in the cache (amx_attention.cpp).
+Elsewhere the products are torch's, and what lies between them is one pass over the scores, in place
+(attention_kernels.cpp). A bias that depends on the distance of key and query stays a vector throughout. Dropout keeps
+no mask: its random bits are a function of a seed and the place, and the backward pass computes them again.
 
 Shapes: b batch, n heads, q queries, k keys, s either, d channels of a head.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 # The kernels resolve OpenMP's symbols in the runtime that torch has loaded by now: one pool of threads, not two.
+from megatron.core.extensions import amx_attention as amx
 from megatron.core.extensions import attention_kernels as kernels
 
+# Whether kernels that work tile by tile are used where they can be.
+USE_TILES = True
+HAS_AMX = amx.available()
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LIBRARY = torch.library.Library("megatron_t5", "FRAGMENT")
 LIBRARY.define(
@@ -28,11 +34,34 @@ LIBRARY.define(
     "Tensor statistics, Tensor? diagonals, Tensor? mask, Tensor? seed, bool causal, float scale, float dropout, "
     "int fused, bool diagonals_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+LIBRARY.define(
+    "tiled_attention(Tensor query, Tensor? key, Tensor? value, Tensor? diagonals, Tensor? mask, bool causal, "
+    "float scale) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "tiled_attention_backward(Tensor gradient, Tensor context, Tensor statistics, Tensor query, Tensor? key, "
+    "Tensor? value, Tensor? diagonals, Tensor? mask, bool causal, float scale, bool diagonals_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `attention` computes with tensors of this device and dtype."""
     return device.type == "cpu" and dtype in DTYPES
+
+
+def _tile_kernels(dtype: torch.dtype, channels: int, dropout: float) -> ModuleType | None:
+    """The kernels that take scores through softmax without writing them to memory, or None."""
+    if not USE_TILES or dropout > 0.0:
+        return None
+    if dtype == torch.bfloat16 and channels % 32 == 0 and channels <= 256 and HAS_AMX:
+        return amx
+    return None
+
+
+def keeps_probabilities(dtype: torch.dtype, channels: int, dropout: float) -> bool:
+    """Whether `attention` keeps probabilities for the backward pass unless it is asked to recompute them."""
+    return _tile_kernels(dtype, channels, dropout) is None
 
 
 def separate(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +100,7 @@ def attention(
         scale: Multiplies the scores.
         dropout: Share of the probabilities that is dropped, in steps of 2^-16.
         recompute: The backward pass computes the probabilities again: one product and one exponential of the scores.
+            It always does where `keeps_probabilities` says no.
         stream: Tells ranks apart that draw the same seed and are to drop different places.
 
     Returns:
@@ -78,10 +108,14 @@ def attention(
     """
     assert value is None or key is not None
     assert supports(query.device, query.dtype), (query.device, query.dtype)
+    context: Tensor
+    if not keeps_probabilities(query.dtype, query.shape[-1], dropout):
+        context = torch.ops.megatron_t5.tiled_attention(query, key, value, diagonals, mask, causal, scale)[0]
+        return context
     # Drawn from torch's generator, so that what restores its state for a recomputation gets the same dropout.
     seed = torch.randint(2**62, (1,)) + stream if dropout > 0.0 else None
     inputs = (query, key, value, diagonals, mask, seed, causal, scale, dropout, recompute)
-    context: Tensor = torch.ops.megatron_t5.attention(*inputs)[0]
+    context = torch.ops.megatron_t5.attention(*inputs)[0]
     return context
 
 
@@ -182,6 +216,20 @@ def _empty_gradients(gradient: Tensor, keys: int, fused: int) -> tuple[Tensor, T
     return query, key, value
 
 
+def _fused(key: Tensor | None, value: Tensor | None) -> int:
+    """How many projections the last given tensor holds."""
+    return 3 if key is None else 2 if value is None else 1
+
+
+def _of_inputs(gradients: tuple[Tensor, ...], fused: int) -> tuple[Tensor | None, ...]:
+    """The gradients of projections, None where no tensor was given."""
+    return tuple(gradient if index <= 3 - fused else None for index, gradient in enumerate(gradients[:3]))
+
+
+def _separate_gradients(gradients: tuple[Tensor, Tensor, Tensor], fused: int) -> tuple[Tensor, Tensor, Tensor]:
+    return separate(gradients[0], *_of_inputs(gradients, fused)[1:])
+
+
 def _forward(
     query: Tensor,
     key: Tensor | None,
@@ -240,8 +288,7 @@ def _backward(
     query_gradient = torch.bmm(scores_gradient, key)  # [b n, q, d]
     key_gradient = torch.bmm(query.transpose(1, 2), scores_gradient)  # [b n, d, k]
     by_head = (query_gradient, key_gradient.transpose(1, 2), value_gradient.transpose(1, 2))
-    projections = separate(gradients[0], gradients[1] if fused < 3 else None, gradients[2] if fused < 2 else None)
-    for tensor, target in zip(by_head, projections, strict=True):
+    for tensor, target in zip(by_head, _separate_gradients(gradients, fused), strict=True):
         _from_heads(tensor, target)
     return (*gradients, statistics.new_empty(0) if sums is None else sums)
 
@@ -280,7 +327,7 @@ def _fake_backward(gradient: Tensor, query: Tensor, key: Tensor, *arguments: Any
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, key, value, diagonals, mask, seed, *options, _ = inputs
     ctx.save_for_backward(*output[1:], diagonals, mask, seed)
-    ctx.options = (*options, 3 if key is None else 2 if value is None else 1)
+    ctx.options = (*options, _fused(key, value))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -290,8 +337,7 @@ def _differentiate(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor 
         return (None,) * 10
     wanted = ctx.needs_input_grad[3]
     result = torch.ops.megatron_t5.attention_backward(gradient, *ctx.saved_tensors, *ctx.options, wanted)
-    projections = (tensor if index <= 3 - ctx.options[-1] else None for index, tensor in enumerate(result[:3]))
-    return *projections, result[3] if wanted else None, *(None,) * 6
+    return *_of_inputs(result, ctx.options[-1]), result[3] if wanted else None, *(None,) * 6
 
 
 LIBRARY.impl("attention", _forward, "CPU")
@@ -299,3 +345,109 @@ LIBRARY.impl("attention_backward", _backward, "CPU")
 torch.library.register_fake("megatron_t5::attention", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("megatron_t5::attention_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("megatron_t5::attention", _differentiate, setup_context=_keep_for_backward, lib=LIBRARY)
+
+
+def _adjacent_channels(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _addresses(tensors: tuple[Tensor, ...]) -> tuple[list[int], list[tuple[int, ...]]]:
+    return [tensor.data_ptr() for tensor in tensors], [tensor.stride() for tensor in tensors]
+
+
+def _tiled_forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    diagonals: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    query, key, value = (_adjacent_channels(tensor) for tensor in separate(query, key, value))
+    batch, queries, heads, channels = query.shape
+    context = query.new_empty(query.shape)
+    statistics = query.new_empty(batch * heads, queries, 2, dtype=torch.float32)
+    shape = (batch, heads, queries, key.shape[1])
+    rules = _Scores.of(shape, query.dtype, diagonals, mask, None, causal, scale, 0.0)
+    addresses, strides = _addresses((query, key, value, context))
+    tiles = _tile_kernels(query.dtype, channels, 0.0)
+    assert tiles is not None
+    tiles.forward(rules.rule, channels, addresses, strides, statistics.data_ptr(), torch.get_num_threads())
+    return context, statistics
+
+
+def _tiled_backward(
+    gradient: Tensor,
+    context: Tensor,
+    statistics: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    diagonals: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    diagonals_gradient: bool,
+) -> tuple[Tensor, ...]:
+    fused = _fused(key, value)
+    query, key, value = (_adjacent_channels(tensor) for tensor in separate(query, key, value))
+    batch, queries, heads, channels = query.shape
+    gradients = _empty_gradients(gradient, key.shape[1], fused)
+    sums = statistics.new_empty((heads, queries + key.shape[1] - 1) if diagonals_gradient else 0)
+    shape = (batch, heads, queries, key.shape[1])
+    rules = _Scores.of(shape, query.dtype, diagonals, mask, None, causal, scale, 0.0)
+    inputs = (_adjacent_channels(gradient), context, query, key, value)
+    addresses, strides = _addresses((*inputs, *_separate_gradients(gradients, fused)))
+    statistics_address, sums_address = statistics.data_ptr(), sums.data_ptr() if diagonals_gradient else 0
+    tiles = _tile_kernels(query.dtype, channels, 0.0)
+    assert tiles is not None
+    threads = torch.get_num_threads()
+    tiles.backward(rules.rule, channels, addresses, strides, statistics_address, sums_address, threads)
+    return *gradients, sums
+
+
+def _fake_tiled_forward(query: Tensor, key: Tensor | None, value: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    query = separate(query, key, value)[0]
+    batch, queries, heads = query.shape[:3]
+    return query.new_empty(query.shape), query.new_empty(batch * heads, queries, 2, dtype=torch.float32)
+
+
+def _fake_tiled_backward(
+    gradient: Tensor,
+    context: Tensor,
+    statistics: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    keys = separate(query, key, value)[1].shape[1]
+    diagonals = (gradient.shape[2], gradient.shape[1] + keys - 1) if arguments[-1] else (0,)
+    return *_empty_gradients(gradient, keys, _fused(key, value)), statistics.new_empty(diagonals)
+
+
+def _keep_for_tiled_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, causal, scale = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.options = (causal, scale)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_tiled(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 7
+    wanted = ctx.needs_input_grad[3]
+    result = torch.ops.megatron_t5.tiled_attention_backward(gradient, *ctx.saved_tensors, *ctx.options, wanted)
+    key, value = ctx.saved_tensors[3:5]
+    return *_of_inputs(result, _fused(key, value)), result[3] if wanted else None, *(None,) * 3
+
+
+LIBRARY.impl("tiled_attention", _tiled_forward, "CPU")
+LIBRARY.impl("tiled_attention_backward", _tiled_backward, "CPU")
+torch.library.register_fake("megatron_t5::tiled_attention", _fake_tiled_forward, lib=LIBRARY)
+torch.library.register_fake("megatron_t5::tiled_attention_backward", _fake_tiled_backward, lib=LIBRARY)
+torch.library.register_autograd(
+    "megatron_t5::tiled_attention", _differentiate_tiled, setup_context=_keep_for_tiled_backward, lib=LIBRARY
+)

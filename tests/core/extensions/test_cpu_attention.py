@@ -9,22 +9,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.core.extensions import attention_kernels, cpu_attention
+from megatron.core.extensions import amx_attention, attention_kernels, cpu_attention
 from megatron.core.extensions.cpu_attention import attention
 from megatron.core.transformer.attention_bias import ScoreBias, masked_score
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
+def use_tiles(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    """Chooses one of the two ways of computing in bf16; skips the test if this processor does not have it."""
+    if wanted and not amx_attention.available():
+        pytest.skip("this processor has no AMX")
+    monkeypatch.setattr(cpu_attention, "USE_TILES", wanted)
+
+
+@pytest.fixture(params=["float32", "bfloat16", "bfloat16 tiles"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    name, *tiles = request.param.split()
+    use_tiles(monkeypatch, bool(tiles))
+    result: torch.dtype = getattr(torch, name)
+    return result
+
+
 def sample(
-    dtype: torch.dtype, batch: int = 2, heads: int = 3, queries: int = 37, keys: int = 37, channels: int = 8
+    dtype: torch.dtype, batch: int = 2, heads: int = 3, queries: int = 37, keys: int = 37, channels: int = 32
 ) -> list[Tensor]:
     """Query, key, value as views of a fused projection, and diagonals."""
     torch.manual_seed(queries * 1000 + keys)
-    fused = (torch.randn(batch, keys, heads, 3, channels) * 0.7).to(dtype)
+    fused = (torch.randn(batch, keys, heads, 3, channels) * 0.5).to(dtype)
     query, key, value = fused.unbind(-2)
     if queries != keys:
-        query = (torch.randn(batch, queries, heads, channels) * 0.7).to(dtype)
+        query = (torch.randn(batch, queries, heads, channels) * 0.5).to(dtype)
     return [tensor.requires_grad_() for tensor in (query, key, value, torch.randn(heads, queries + keys - 1))]
 
 
@@ -38,11 +53,12 @@ def reference(
     query: Tensor, key: Tensor, value: Tensor, diagonals: Tensor | None, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
     """The definition, in float64."""
-    bias = ScoreBias(query.shape[1], key.shape[1], diagonals, mask, causal).dense(torch.float64, query.device)
+    bias = ScoreBias(query.shape[1], key.shape[1], diagonals, None, causal).dense(torch.float64, query.device)
     query, key, value = (tensor.double().transpose(1, 2) for tensor in (query, key, value))
     scores = scale * query @ key.transpose(2, 3)
-    probabilities = (scores if bias is None else scores + bias).softmax(-1)
-    return (probabilities @ value).transpose(1, 2)
+    for added in (bias, mask):
+        scores = scores if added is None else scores + added
+    return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -51,7 +67,6 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(output, inputs, gradient)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
     ("queries", "keys", "biased", "masked", "causal", "scale"),
     [
@@ -62,6 +77,8 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         (19, 70, True, True, True, 0.5),
         (1, 5, True, False, False, 1.0),
         (5, 1, True, False, True, 1.0),
+        (161, 300, True, True, True, 0.5),
+        (161, 300, True, False, False, 1.0),
     ],
 )
 def test_equals_float64(
@@ -80,7 +97,6 @@ def test_equals_float64(
         torch.testing.assert_close(actual.double(), wanted.double(), rtol=tolerance, atol=4 * tolerance)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("queries", "keys"), [(40, 40), (19, 70)])
 def test_fused_projections_change_no_bit(dtype: torch.dtype, queries: int, keys: int) -> None:
     """Of one tensor for all, or for keys and values, the same results and one gradient."""
@@ -100,14 +116,62 @@ def test_fused_projections_change_no_bit(dtype: torch.dtype, queries: int, keys:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 70), (2, 1, 19, 70), (2, 3, 1, 70), (2, 3, 19, 70)])
-def test_masks_broadcast(shape: tuple[int, ...]) -> None:
-    *inputs, diagonals = sample(torch.float32, queries=19, keys=70)
+def test_masks_broadcast(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    *inputs, diagonals = sample(dtype, queries=19, keys=70)
     mask = torch.randn(shape)
     output = attention(*inputs, diagonals, mask, causal=False)
-    torch.testing.assert_close(output, reference(*inputs, diagonals, mask, False, 1.0).float(), rtol=0, atol=2e-5)
+    expected = reference(*inputs, diagonals, mask, False, 1.0)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=TOLERANCES[dtype])
+    for actual, wanted in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(actual.double(), wanted.double(), rtol=TOLERANCES[dtype], atol=4 * TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("channels", [64, 160])
+def test_tiles_are_no_less_accurate(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+    *inputs, diagonals = sample(torch.bfloat16, queries=130, keys=130, channels=channels)
+    expected = reference(*inputs, diagonals.double(), None, True, channels**-0.5)
+    wanted = (expected, *gradients(expected, [*inputs, diagonals]))
+    errors = []
+    for tiles in (True, False):
+        use_tiles(monkeypatch, tiles)
+        output = attention(*inputs, diagonals, None, causal=True, scale=channels**-0.5)
+        results = (output, *gradients(output, [*inputs, diagonals]))
+        errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(results, wanted, strict=True)])
+    assert all(tiled <= 1.1 * plain for tiled, plain in zip(*errors, strict=True)), errors
+
+
+def test_tiles_leave_products_of_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both configure the processor's tiles, in turns and on the same threads."""
+    use_tiles(monkeypatch, True)
+    *inputs, diagonals = sample(torch.bfloat16, queries=96, keys=96)
+    a, b = torch.randn(70, 90).bfloat16(), torch.randn(90, 50).bfloat16()
+    product = a @ b
+    output = attention(*inputs, diagonals, None, causal=False)
+    for _ in range(3):
+        assert torch.equal(a @ b, product)
+        assert torch.equal(attention(*inputs, diagonals, None, causal=False), output)
+        gradients(attention(*inputs, diagonals, None, causal=False), inputs)
+
+
+def test_any_strides(dtype: torch.dtype) -> None:
+    *inputs, diagonals = sample(dtype, queries=40, keys=40)
+    output = attention(*inputs, diagonals, None, causal=False)
+    strided = [
+        tensor.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_() for tensor in inputs
+    ]
+    assert all(tensor.stride(-1) != 1 for tensor in strided)
+    result = attention(*strided, diagonals, None, causal=False)
+    assert torch.equal(result, output)
+    weights = torch.randn(40, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for function in (lambda x: (x.sum((0, 2, 3)) * weights).sum(), lambda x: x.sum()):  # gradients are expanded tensors
+        for a, b in zip(
+            torch.autograd.grad(function(result), strided, retain_graph=True),
+            torch.autograd.grad(function(output), inputs, retain_graph=True),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
 def test_row_without_visible_keys_is_uniform(dtype: torch.dtype) -> None:
     *inputs, _ = sample(dtype, queries=4, keys=40)
     mask = torch.full((2, 1, 1, 40), masked_score(dtype), dtype=dtype)
@@ -117,7 +181,6 @@ def test_row_without_visible_keys_is_uniform(dtype: torch.dtype) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients(output, inputs))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_is_not_hidden(dtype: torch.dtype, bad: float) -> None:
     # oneDNN's bf16 products of odd sizes let a NaN through to the row before; 64 is not one.
@@ -133,7 +196,6 @@ def test_not_a_number_is_not_hidden(dtype: torch.dtype, bad: float) -> None:
     assert attention(*inputs, diagonals, None, causal=False)[0, :, 1].isnan().any(-1).any()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_recomputation_and_threads_change_no_bit(dtype: torch.dtype, dropout: float) -> None:
     *inputs, diagonals = sample(dtype, queries=96, keys=96)
@@ -230,12 +292,30 @@ def test_operator_is_well_formed(recompute: bool) -> None:
         torch.library.opcheck(backward, (context, *saved, inputs[3].detach(), mask, None, *options))
 
 
+@pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 14)])
+def test_tiled_operator_is_well_formed(mask_shape: tuple[int, ...] | None) -> None:
+    if not amx_attention.available():
+        pytest.skip("this processor has no AMX")
+    inputs = sample(torch.bfloat16, queries=9, keys=14)
+    mask = None if mask_shape is None else torch.randn(mask_shape)
+    forward = torch.ops.megatron_t5.tiled_attention.default
+    torch.library.opcheck(forward, (*inputs, mask, False, 1.0))
+    query, key_value = (
+        torch.randn(2, 9, 3, *shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((32,), (2, 32))
+    )
+    torch.library.opcheck(forward, (query, key_value, None, None, None, True, 0.5))
+    detached = [tensor.detach() for tensor in inputs]
+    context, statistics = forward(*detached, mask, False, 1.0)
+    backward = torch.ops.megatron_t5.tiled_attention_backward.default
+    torch.library.opcheck(backward, (context, context, statistics, *detached, mask, False, 1.0, True))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_without_graph_breaks(backend: str) -> None:
+def test_compiles_without_graph_breaks(dtype: torch.dtype, backend: str) -> None:
     def block(query: Tensor, key: Tensor, value: Tensor, diagonals: Tensor) -> Tensor:
         return attention(query * 2, key, value, diagonals, None, causal=True).flatten(2).relu()
 
-    inputs = sample(torch.float32, queries=16, keys=16)
+    inputs = sample(dtype, queries=16, keys=16)
     results = []
     for function in (block, torch.compile(block, fullgraph=True, backend=backend)):
         output = function(*inputs)
@@ -244,11 +324,11 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
         torch.testing.assert_close(compiled, eager)
 
 
-def test_empty_batch() -> None:
-    inputs = [torch.empty(0, 4, 2, 8, requires_grad=True) for _ in range(3)]
+def test_empty_batch(dtype: torch.dtype) -> None:
+    inputs = [torch.empty(0, 4, 2, 32, dtype=dtype, requires_grad=True) for _ in range(3)]
     output = attention(*inputs, torch.zeros(2, 7), None, causal=False)
-    assert output.shape == (0, 4, 2, 8)
-    assert gradients(output, inputs)[0].shape == (0, 4, 2, 8)
+    assert output.shape == (0, 4, 2, 32)
+    assert gradients(output, inputs)[0].shape == (0, 4, 2, 32)
 
 
 def test_what_is_supported() -> None:
@@ -256,6 +336,15 @@ def test_what_is_supported() -> None:
     assert cpu_attention.supports(cpu, torch.bfloat16) and cpu_attention.supports(cpu, torch.float32)
     assert not cpu_attention.supports(cpu, torch.float16) and not cpu_attention.supports(cpu, torch.float64)
     assert not cpu_attention.supports(torch.device("meta"), torch.float32)
+
+
+def test_what_keeps_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiles(monkeypatch, True)
+    assert not cpu_attention.keeps_probabilities(torch.bfloat16, 64, 0.0)
+    assert cpu_attention.keeps_probabilities(torch.bfloat16, 40, 0.0)
+    assert cpu_attention.keeps_probabilities(torch.bfloat16, 64, 0.1)
+    use_tiles(monkeypatch, False)
+    assert cpu_attention.keeps_probabilities(torch.bfloat16, 64, 0.0)
 
 
 def test_kernels_refuse_wrong_arguments() -> None:
@@ -268,3 +357,10 @@ def test_kernels_refuse_wrong_arguments() -> None:
         attention_kernels.softmax(rule, "float16", 0, 0, 0, False, 1)
     with pytest.raises(ValueError, match="2 or 4 bytes"):
         attention_kernels.copy_heads(8, 0, (1, 1, 1, 1), 0, (1, 1, 1, 1), 1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="multiple of 32" if amx_attention.available() else "no AMX"):
+        amx_attention.forward(rule, 40, [0] * 4, [(1, 1, 1, 1)] * 4, 0, 1)
+    if amx_attention.available():
+        with pytest.raises(ValueError, match="strides"):
+            amx_attention.forward(rule, 32, [0] * 4, [(1, 1, 1, 2)] * 4, 0, 1)
+        with pytest.raises(ValueError, match="gradients"):
+            amx_attention.backward(rule, 32, [0] * 4, [(1, 1, 1, 1)] * 4, 0, 0, 1)
