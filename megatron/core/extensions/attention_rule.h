@@ -43,6 +43,7 @@ class ScoreRule {
         if (!diagonals_) return zeros_.data();
         return diagonals_ + item % heads * diagonals_length() + queries - 1 - query;
     }
+    bool has_mask() const { return mask_ != nullptr; }
     const float* mask(std::int64_t item, std::int64_t query) const {
         if (!mask_) return zeros_.data();
         return mask_ + item / heads * mask_batch_stride_ + item % heads * mask_head_stride_ +
