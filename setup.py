@@ -11,7 +11,7 @@ from setuptools.errors import CompileError, LinkError
 DATASETS = "megatron/core/datasets"
 DATASETS_HEADERS = ("arrays", "denoising", "mixture_tree", "randomness", "token_sources", "window_layouts")
 KERNELS = "megatron/core/extensions"
-KERNELS_HEADERS = ("amx_tiles", "attention_rule", "parallel", "random_bits", "vector_math")
+KERNELS_HEADERS = ("amx_tiles", "attention_rule", "parallel", "random_bits", "tiled_attention_items", "vector_math")
 # errno and traps of floating-point operations keep loops from being vectorised, and nobody asks for them.
 KERNELS_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 VECTOR_WIDTH_FLAG = "-mprefer-vector-width=512"
@@ -62,7 +62,7 @@ setup(
             cxx_std=17,
             extra_compile_args=list(KERNELS_FLAGS),
         )
-        for name in ("amx_attention", "attention_kernels", "elementwise_kernels", "linear_kernels")
+        for name in ("amx_attention", "attention_kernels", "elementwise_kernels", "linear_kernels", "tiled_attention")
     ],
     cmdclass={"build_ext": BuildExtensions},
 )

@@ -1,9 +1,10 @@
 """Attention on CPUs as one operator with a backward pass of its own.
 
-On processors with matrix tiles, bf16 attention is one kernel that keeps scores in the cache (amx_attention.cpp).
-Elsewhere the products are torch's, and what lies between them is one pass over the scores, in place
-(attention_kernels.cpp). A bias that depends on the distance of key and query stays a vector throughout. Dropout keeps
-no mask: its random bits are a function of a seed and the place, and the backward pass computes them again.
+Attention is one kernel that keeps scores in the cache, in fp32 (tiled_attention.cpp) and, on processors with matrix
+tiles, in bf16 (amx_attention.cpp). Elsewhere, and with dropout, the products are torch's, and what lies between them is
+one pass over the scores, in place (attention_kernels.cpp). A bias that depends on the distance of key and query stays a
+vector throughout. Dropout keeps no mask: its random bits are a function of a seed and the place, and the backward pass
+computes them again.
 
 Shapes: b batch, n heads, q queries, k keys, s either, d channels of a head.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 # The kernels resolve OpenMP's symbols in the runtime that torch has loaded by now: one pool of threads, not two.
 from megatron.core.extensions import amx_attention as amx
 from megatron.core.extensions import attention_kernels as kernels
+from megatron.core.extensions import tiled_attention
 
 # Whether kernels that work tile by tile are used where they can be.
 USE_TILES = True
@@ -56,6 +58,8 @@ def _tile_kernels(dtype: torch.dtype, channels: int, dropout: float) -> ModuleTy
         return None
     if dtype == torch.bfloat16 and channels % 32 == 0 and channels <= 256 and HAS_AMX:
         return amx
+    if dtype == torch.float32 and channels % 16 == 0 and channels <= 256:
+        return tiled_attention
     return None
 
 

@@ -47,10 +47,15 @@ inline void store(bfloat16* address, float value) {
     address->bits = static_cast<std::uint16_t>(rounded_bits(value) >> 16);
 }
 
-// exp(x) for -87.3 <= x <= 88.72, to about 2 units in the last place; a NaN may come out as anything.
-inline float exponential_in_range(float x) {
+// 2^n p of exp(x), in two factors: n, the nearest integer to x / ln(2), is in the lowest bits of `shifted`, increased by
+// an integer `bias`; the other, p, is between sqrt(1/2) and sqrt(2), or NaN if x is.
+struct Exponential {
+    float shifted, p;
+};
+
+inline Exponential exponential_factors(float x, float bias) {
     constexpr float log2_e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    constexpr float round_shift = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+    const float round_shift = 12582912.0f + bias;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
     const float shifted = x * log2_e + round_shift;
     const float n = shifted - round_shift;
     const float r = (x - n * ln2_high) - n * ln2_low;
@@ -61,10 +66,14 @@ inline float exponential_in_range(float x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    // The lowest bits of `shifted` are n, which is added to the exponent of p. That stays in its range: p < 1 when
-    // n = 128 and p > 1 when n = -126.
-    return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+    return {shifted, p * r * r + r + 1.0f};
+}
+
+// exp(x) for -87.3 <= x <= 88.72, to about 2 units in the last place; a NaN may come out as anything.
+inline float exponential_in_range(float x) {
+    const Exponential factors = exponential_factors(x, 0.0f);
+    // n is added to the exponent of p. That stays in its range: p < 1 when n = 128 and p > 1 when n = -126.
+    return bits_to_float(float_to_bits(factors.p) + (float_to_bits(factors.shifted) << 23));
 }
 
 // exp(x); 0 below -87.3, infinity above 88.72, NaN for NaN.
@@ -74,10 +83,11 @@ inline float exponential(float x) {
     return x != x ? x : bounded;
 }
 
-// The same for x <= 0 or NaN.
+// The same for x <= 0 or NaN; 0 below -87.7.
 inline float exponential_of_negative(float x) {
-    const float value = exponential_in_range(x);
-    return x >= -87.3f ? value : (x != x ? x : 0.0f);
+    const Exponential factors = exponential_factors(x < -88.0f ? -88.0f : x, 127.0f);
+    // A power of two by its exponent, which is 0, like that power, when n = -127; what a NaN makes of it does not matter.
+    return factors.p * bits_to_float(float_to_bits(factors.shifted) << 23);
 }
 
 }  // namespace megatron

@@ -9,25 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.core.extensions import amx_attention, attention_kernels, cpu_attention
+from megatron.core.extensions import amx_attention, attention_kernels, cpu_attention, tiled_attention
 from megatron.core.extensions.cpu_attention import attention
 from megatron.core.transformer.attention_bias import ScoreBias, masked_score
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
-def use_tiles(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
-    """Chooses one of the two ways of computing in bf16; skips the test if this processor does not have it."""
-    if wanted and not amx_attention.available():
+def use_tiles(monkeypatch: pytest.MonkeyPatch, wanted: bool, dtype: torch.dtype) -> None:
+    """Chooses one of the two ways of computing; skips the test if this processor does not have it."""
+    if wanted and dtype == torch.bfloat16 and not amx_attention.available():
         pytest.skip("this processor has no AMX")
     monkeypatch.setattr(cpu_attention, "USE_TILES", wanted)
 
 
-@pytest.fixture(params=["float32", "bfloat16", "bfloat16 tiles"])
+@pytest.fixture(params=["float32", "float32 tiles", "bfloat16", "bfloat16 tiles"])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     name, *tiles = request.param.split()
-    use_tiles(monkeypatch, bool(tiles))
     result: torch.dtype = getattr(torch, name)
+    use_tiles(monkeypatch, bool(tiles), result)
     return result
 
 
@@ -127,22 +127,23 @@ def test_masks_broadcast(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("channels", [64, 160])
-def test_tiles_are_no_less_accurate(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
-    *inputs, diagonals = sample(torch.bfloat16, queries=130, keys=130, channels=channels)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_tiles_are_no_less_accurate(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, channels: int) -> None:
+    *inputs, diagonals = sample(dtype, queries=130, keys=130, channels=channels)
     expected = reference(*inputs, diagonals.double(), None, True, channels**-0.5)
     wanted = (expected, *gradients(expected, [*inputs, diagonals]))
     errors = []
     for tiles in (True, False):
-        use_tiles(monkeypatch, tiles)
+        use_tiles(monkeypatch, tiles, dtype)
         output = attention(*inputs, diagonals, None, causal=True, scale=channels**-0.5)
         results = (output, *gradients(output, [*inputs, diagonals]))
         errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(results, wanted, strict=True)])
-    assert all(tiled <= 1.1 * plain for tiled, plain in zip(*errors, strict=True)), errors
+    assert all(tiled <= 1.25 * plain for tiled, plain in zip(*errors, strict=True)), errors
 
 
 def test_tiles_leave_products_of_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both configure the processor's tiles, in turns and on the same threads."""
-    use_tiles(monkeypatch, True)
+    use_tiles(monkeypatch, True, torch.bfloat16)
     *inputs, diagonals = sample(torch.bfloat16, queries=96, keys=96)
     a, b = torch.randn(70, 90).bfloat16(), torch.randn(90, 50).bfloat16()
     product = a @ b
@@ -293,16 +294,16 @@ def test_operator_is_well_formed(recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 14)])
-def test_tiled_operator_is_well_formed(mask_shape: tuple[int, ...] | None) -> None:
-    if not amx_attention.available():
-        pytest.skip("this processor has no AMX")
-    inputs = sample(torch.bfloat16, queries=9, keys=14)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_tiled_operator_is_well_formed(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, mask_shape: tuple[int, ...] | None
+) -> None:
+    use_tiles(monkeypatch, True, dtype)
+    inputs = sample(dtype, queries=9, keys=14)
     mask = None if mask_shape is None else torch.randn(mask_shape)
     forward = torch.ops.megatron_t5.tiled_attention.default
     torch.library.opcheck(forward, (*inputs, mask, False, 1.0))
-    query, key_value = (
-        torch.randn(2, 9, 3, *shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((32,), (2, 32))
-    )
+    query, key_value = (torch.randn(2, 9, 3, *shape, dtype=dtype, requires_grad=True) for shape in ((32,), (2, 32)))
     torch.library.opcheck(forward, (query, key_value, None, None, None, True, 0.5))
     detached = [tensor.detach() for tensor in inputs]
     context, statistics = forward(*detached, mask, False, 1.0)
@@ -338,13 +339,15 @@ def test_what_is_supported() -> None:
     assert not cpu_attention.supports(torch.device("meta"), torch.float32)
 
 
-def test_what_keeps_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiles(monkeypatch, True)
-    assert not cpu_attention.keeps_probabilities(torch.bfloat16, 64, 0.0)
-    assert cpu_attention.keeps_probabilities(torch.bfloat16, 40, 0.0)
-    assert cpu_attention.keeps_probabilities(torch.bfloat16, 64, 0.1)
-    use_tiles(monkeypatch, False)
-    assert cpu_attention.keeps_probabilities(torch.bfloat16, 64, 0.0)
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.bfloat16, 64), (torch.float32, 48)])
+def test_what_keeps_probabilities(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, channels: int) -> None:
+    use_tiles(monkeypatch, True, dtype)
+    assert not cpu_attention.keeps_probabilities(dtype, channels, 0.0)
+    assert cpu_attention.keeps_probabilities(dtype, channels - 8, 0.0)
+    assert cpu_attention.keeps_probabilities(dtype, 272, 0.0)
+    assert cpu_attention.keeps_probabilities(dtype, channels, 0.1)
+    use_tiles(monkeypatch, False, dtype)
+    assert cpu_attention.keeps_probabilities(dtype, channels, 0.0)
 
 
 def test_kernels_refuse_wrong_arguments() -> None:
@@ -364,3 +367,9 @@ def test_kernels_refuse_wrong_arguments() -> None:
             amx_attention.forward(rule, 32, [0] * 4, [(1, 1, 1, 2)] * 4, 0, 1)
         with pytest.raises(ValueError, match="gradients"):
             amx_attention.backward(rule, 32, [0] * 4, [(1, 1, 1, 1)] * 4, 0, 0, 1)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        tiled_attention.forward(rule, 40, [0] * 4, [(1, 1, 1, 1)] * 4, 0, 1)
+    with pytest.raises(ValueError, match="number of addresses"):
+        tiled_attention.backward(rule, 32, [0] * 4, [(1, 1, 1, 1)] * 4, 0, 0, 1)
+    with pytest.raises(ValueError, match="strides"):
+        tiled_attention.forward(rule, 32, [0] * 4, [(1, 1, 1, 2)] * 4, 0, 1)
