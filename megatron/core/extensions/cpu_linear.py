@@ -1,8 +1,9 @@
 """Linear layers in bf16 on CPUs: the products are torch's, put to oneDNN in the form in which it is fast.
 
 The weight's gradient, `gradient^T x`, has a transposed left factor, at which oneDNN's bf16 products run at half their
-speed, and over thousands of rows they lose more. So the factor is transposed here, in pieces of at most `PIECE_ROWS`
-rows whose products are summed in fp32: more exact, and the fp32 gradient of a master weight needs no cast of its own.
+speed, and over thousands of rows they lose more. So the narrower of the two is transposed here, in pieces of at most
+`PIECE_ROWS` rows whose products are summed in fp32: more exact, and the fp32 gradient of a master weight needs no cast
+of its own.
 
 Shapes: r rows, i input features, o output features.
 """
@@ -65,19 +66,27 @@ def _pieces(rows: int) -> int:
 
 def _weight_gradient(gradient: Tensor, x: Tensor, to_float: bool) -> Tensor:
     gradient, x = gradient.contiguous().flatten(0, -2), x.contiguous().flatten(0, -2)
-    (rows, outputs), inputs, threads = gradient.shape, x.shape[1], torch.get_num_threads()
-    count = _pieces(rows)
-    transposed = gradient.new_empty(count, outputs, rows // count)
-    kernels.transpose(gradient.data_ptr(), transposed.data_ptr(), count, rows // count, outputs, threads)
-    if count == 1:
-        product = torch.mm(transposed[0], x)  # [o, i]
-        if not to_float:
-            return product
-    else:
-        product = torch.bmm(transposed, x.view(count, -1, inputs))  # [count, o, i]
+    outputs, inputs, threads = gradient.shape[1], x.shape[1], torch.get_num_threads()
+    # The narrower factor is the one to transpose. If that is x, the product is the transpose of the gradient.
+    by_inputs = inputs < outputs
+    product = _transposed_product(x, gradient) if by_inputs else _transposed_product(gradient, x)  # [pieces, _, _]
     total = gradient.new_empty(outputs, inputs, dtype=torch.float32 if to_float else gradient.dtype)
-    kernels.sum_parts(product.data_ptr(), count, total.numel(), total.data_ptr(), to_float, threads)
+    addresses = product.data_ptr(), total.data_ptr()
+    if by_inputs:
+        kernels.sum_parts_transposed(addresses[0], *product.shape, addresses[1], to_float, threads)
+    else:
+        kernels.sum_parts(addresses[0], len(product), total.numel(), addresses[1], to_float, threads)
     return total
+
+
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """Parts of `left^T right` that are to be summed, `[pieces, m, n]`, of `[r, m]` and `[r, n]`."""
+    (rows, width), count = left.shape, _pieces(len(left))
+    transposed = left.new_empty(count, width, rows // count)
+    kernels.transpose(
+        left.data_ptr(), transposed.data_ptr(), count, rows // count, width, torch.get_num_threads()
+    )  # fmt: skip
+    return torch.bmm(transposed, right.view(count, -1, right.shape[1]))
 
 
 def _fake_weight_gradient(gradient: Tensor, x: Tensor, to_float: bool) -> Tensor:

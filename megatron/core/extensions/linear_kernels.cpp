@@ -21,7 +21,8 @@ using megatron::load;
 using megatron::parallel_for;
 using megatron::store;
 
-constexpr std::int64_t SIDE = 8;  // of the squares that are transposed in registers
+constexpr std::int64_t SIDE = 8;   // of the squares that are transposed in registers
+constexpr std::int64_t TILE = 64;  // whose rows on both sides stay in the first-level cache
 
 using Words = std::uint16_t __attribute__((vector_size(2 * SIDE), aligned(2), may_alias));
 
@@ -66,18 +67,17 @@ void transpose_tile(
 void transpose(
     std::uintptr_t from_address, std::uintptr_t to_address, std::int64_t blocks, std::int64_t rows,
     std::int64_t columns, int threads) {
-    constexpr std::int64_t tile = 64;  // a tile's rows on both sides stay in the first-level cache
     const auto* from = reinterpret_cast<const std::uint16_t*>(from_address);
     auto* to = reinterpret_cast<std::uint16_t*>(to_address);
-    const std::int64_t column_tiles = (columns + tile - 1) / tile;
+    const std::int64_t column_tiles = (columns + TILE - 1) / TILE;
     py::gil_scoped_release released;
     parallel_for(blocks * column_tiles, blocks * rows * columns, threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t index = begin; index < end; ++index) {
-            const std::int64_t block = index / column_tiles, c = index % column_tiles * tile;
+            const std::int64_t block = index / column_tiles, c = index % column_tiles * TILE;
             const std::uint16_t* source = from + block * rows * columns + c;
             std::uint16_t* target = to + (block * columns + c) * rows;
-            for (std::int64_t r = 0; r < rows; r += tile) {  // so that the target's rows are written in order
-                const std::int64_t height = std::min(tile, rows - r), width = std::min(tile, columns - c);
+            for (std::int64_t r = 0; r < rows; r += TILE) {  // so that the target's rows are written in order
+                const std::int64_t height = std::min(TILE, rows - r), width = std::min(TILE, columns - c);
                 transpose_tile(source + r * columns, height, width, columns, target + r, rows);
             }
         }
@@ -123,9 +123,59 @@ void sum_parts(
     });
 }
 
+template <class Out>
+MULTIVERSIONED void sum_tile_transposed(
+    const bfloat16* parts, std::int64_t count, std::int64_t size, std::int64_t rows, std::int64_t columns,
+    std::int64_t from_stride, Out* to, std::int64_t to_stride) {
+    float sums[TILE][TILE];
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const bfloat16* row = parts + r * from_stride;
+#pragma omp simd
+        for (std::int64_t c = 0; c < columns; ++c) sums[r][c] = load(row + c);
+        for (std::int64_t part = 1; part < count; ++part) {
+            const bfloat16* values = row + part * size;
+#pragma omp simd
+            for (std::int64_t c = 0; c < columns; ++c) sums[r][c] += load(values + c);
+        }
+    }
+    for (std::int64_t c = 0; c < columns; ++c) {
+        Out* target = to + c * to_stride;
+#pragma omp simd
+        for (std::int64_t r = 0; r < rows; ++r) store(target + r, sums[r][c]);
+    }
+}
+
+// parts [count, rows, columns] to the transpose of their sum, [columns, rows]
+void sum_parts_transposed(
+    std::uintptr_t parts_address, std::int64_t count, std::int64_t rows, std::int64_t columns,
+    std::uintptr_t to_address, bool to_float, int threads) {
+    const auto* parts = reinterpret_cast<const bfloat16*>(parts_address);
+    const std::int64_t column_tiles = (columns + TILE - 1) / TILE, size = rows * columns;
+    py::gil_scoped_release released;
+    parallel_for(column_tiles, count * size, threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t c = begin * TILE; c < std::min(columns, end * TILE); c += TILE) {
+            for (std::int64_t r = 0; r < rows; r += TILE) {
+                const std::int64_t height = std::min(TILE, rows - r), width = std::min(TILE, columns - c);
+                const bfloat16* from = parts + r * columns + c;
+                const std::int64_t place = c * rows + r;
+                if (to_float) {
+                    auto* to = reinterpret_cast<float*>(to_address) + place;
+                    sum_tile_transposed(from, count, size, height, width, columns, to, rows);
+                } else {
+                    auto* to = reinterpret_cast<bfloat16*>(to_address) + place;
+                    sum_tile_transposed(from, count, size, height, width, columns, to, rows);
+                }
+            }
+        }
+    });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(linear_kernels, module) {
     module.def("transpose", &transpose, "from [blocks, rows, columns] to [blocks, columns, rows], 16 bits an element");
     module.def("sum_parts", &sum_parts, "bf16 parts [count, size] to their sum, fp32 or bf16 [size]");
+    module.def(
+        "sum_parts_transposed", &sum_parts_transposed,
+        "bf16 parts [count, rows, columns] to the transpose of their sum, fp32 or bf16 [columns, rows]");
 }
