@@ -65,6 +65,7 @@ def _describe(rank, flags):
     def faults(loss_rank=None, gradient_rank=None, tensors=1):
         trainer.optimizer.zero_grad()
         sums = trainer.model.forward_backward(batch, factor)
+        trainer.model.finish_gradients()
         if rank == loss_rank:
             sums[0] = math.nan
         if rank == gradient_rank:
