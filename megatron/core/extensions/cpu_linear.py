@@ -71,11 +71,11 @@ def _weight_gradient(gradient: Tensor, x: Tensor, to_float: bool) -> Tensor:
     by_inputs = inputs < outputs
     product = _transposed_product(x, gradient) if by_inputs else _transposed_product(gradient, x)  # [pieces, _, _]
     total = gradient.new_empty(outputs, inputs, dtype=torch.float32 if to_float else gradient.dtype)
-    addresses = product.data_ptr(), total.data_ptr()
+    parts, target, count = product.data_ptr(), total.data_ptr(), len(product)
     if by_inputs:
-        kernels.sum_parts_transposed(addresses[0], *product.shape, addresses[1], to_float, threads)
+        kernels.sum_parts_transposed(parts, count, inputs, outputs, target, to_float, threads)
     else:
-        kernels.sum_parts(addresses[0], len(product), total.numel(), addresses[1], to_float, threads)
+        kernels.sum_parts(parts, count, total.numel(), target, to_float, threads)
     return total
 
 

@@ -84,7 +84,8 @@ class ScoreBias(NamedTuple):
         query_length: q.
         key_length: k.
         diagonals: fp32 `[n, q + k - 1]` by ascending key position - query position, or None.
-        mask: Additive, `[b or 1, n or 1, q or 1, k]`, or None.
+        mask: Additive, `[b or 1, n or 1, q or 1, k]`, or None. Beside diagonals or `causal` it only hides: it is 0, or
+            `masked_score`.
         causal: Hide the keys after each query.
     """
 
@@ -110,5 +111,5 @@ class ScoreBias(NamedTuple):
             bias = values.unfold(-1, self.key_length, 1).flip(-2).to(dtype).unsqueeze(0)
         if self.mask is None:
             return bias
-        # Where both hide a key, their sum could leave the range of fp16.
-        return self.mask if bias is None else (bias + self.mask).clamp(min=masked_score(dtype))
+        # Not their sum, which could leave the range of fp16 where both hide a key.
+        return self.mask if bias is None else bias.masked_fill(self.mask != 0, masked_score(dtype))

@@ -9,6 +9,8 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
+from megatron.core.extensions import cpu_elementwise
+from megatron.core.models.T5 import t5_model
 from megatron.core.models.T5.t5_memory import T5Memory
 from megatron.core.models.T5.t5_sharding import shard_t5
 from megatron.core.models.T5.t5_stage import T5Stage
@@ -28,7 +30,9 @@ SP = {**TP, "sequence_parallel": True}
 UMT5 = {"relative_attention_bias_per_layer": True}
 
 
-def kept_bytes(config: ModelConfig, compute: ComputeConfig, parallel: ParallelConfig, stage: range) -> int:
+def kept_bytes(
+    config: ModelConfig, compute: ComputeConfig, parallel: ParallelConfig, stage: range, monkeypatch: pytest.MonkeyPatch
+) -> int:
     """Bytes of the distinct storages, but for parameters, that a forward pass of a stage saves on rank 0.
 
     Tensor-parallel peers are a fake process group's: shapes are right, sums are not.
@@ -64,6 +68,12 @@ def kept_bytes(config: ModelConfig, compute: ComputeConfig, parallel: ParallelCo
 
         ids = {"encoder_input_ids": ENCODER_LENGTH, "decoder_input_ids": DECODER_LENGTH, "labels": DECODER_LENGTH}
         batch = {name: torch.zeros(BATCH, length, dtype=torch.int32) for name, length in ids.items()}
+
+        def checkpoint(function: Any, *arguments: Any, **options: Any) -> Any:
+            torch.utils._pytree.tree_map_only(torch.Tensor, pack, arguments)  # it holds them, hooks or not
+            return torch.utils.checkpoint.checkpoint(function, *arguments, **options)
+
+        monkeypatch.setattr(t5_model, "checkpoint", checkpoint)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             module(*received, **batch)
         return sum(storage.nbytes() for storage in storages.values())
@@ -71,6 +81,7 @@ def kept_bytes(config: ModelConfig, compute: ComputeConfig, parallel: ParallelCo
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("operators", [False, True])
 @pytest.mark.parametrize(
     ("model", "compute", "parallel", "stage"),
     [
@@ -91,16 +102,21 @@ def kept_bytes(config: ModelConfig, compute: ComputeConfig, parallel: ParallelCo
     ],
 )
 def test_formula_gives_what_autograd_keeps(
-    model: dict[str, Any], compute: dict[str, Any], parallel: dict[str, Any], stage: range
-) -> None:
+    model: dict[str, Any], compute: dict[str, Any], parallel: dict[str, Any], stage: range, operators: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if operators and "fp16" in compute:
+        pytest.skip("fp16 has torch's operations, and operators for its fp32 residual stream")
     config = ModelConfig(**(SHAPE | model))
-    compute_config = ComputeConfig(attention_backend="unfused", **compute)
+    compute_config = ComputeConfig(attention_backend="auto" if operators else "unfused", **compute)
+    if not operators:  # torch's operations on CPUs stand in for those on GPUs
+        monkeypatch.setattr(cpu_elementwise, "supports", lambda *_: False)
     parallel_config = ParallelConfig(**parallel)
     memory = T5Memory(
         config, compute_config, parallel_config, BATCH, ENCODER_LENGTH, DECODER_LENGTH,
-        device_type="cpu", casts_weights=compute_config.bf16 or compute_config.fp16,
+        device_type="cpu", casts_weights=compute_config.bf16 or compute_config.fp16, allows_operators=operators,
     )  # fmt: skip
-    measured = kept_bytes(config, compute_config, parallel_config, stage)
+    measured = kept_bytes(config, compute_config, parallel_config, stage, monkeypatch)
     assert memory.stage_bytes(stage) == pytest.approx(measured, rel=0.02)
 
 

@@ -22,8 +22,13 @@ What is kept, in numbers, for a sequence of s tokens:
 
 Full recomputation keeps the inputs of the groups of layers, and a group's own activations while it is worked on.
 Selective recomputation spares the probabilities. A number of the residual stream has 4 bytes with fp16, otherwise it
-has the dtype of matrix products; biases, statistics of the norms and ids are small and left out. On CPUs attention is
-not fused, masks of dropout are numbers, and norms of 16-bit numbers keep their input in fp32.
+has the dtype of matrix products; biases, statistics of the norms and ids are small and left out.
+
+With the C++ operators (fp32 and bf16 on CPUs) norms keep no normalised input, gated feed-forward keeps gate and up and
+their product, dropout keeps nothing, the position bias is a vector, and attention keeps two numbers a query and head
+(and the probabilities only where its operator does, which selective recomputation spares). Torch's own operations on
+CPUs have masks of dropout that are numbers, norms of 16-bit numbers that keep their input in fp32, and no fused
+attention.
 """
 
 from __future__ import annotations
@@ -32,10 +37,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
+
 from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
+from megatron.core.extensions import cpu_attention
 from megatron.core.models.T5.t5_model import recomputation_groups
 from megatron.core.models.T5.t5_units import Units
 from megatron.core.tensor_parallel.head_loss import chunk_rows
+
+STATISTICS_BYTES = 8  # of a query and head: the largest score and the sum
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class T5Memory:
         device_type: `cuda` or `cpu`.
         casts_weights: Whether weights are cast to 16 bits where they are used, for each microbatch anew, and not by
             FSDP2.
+        allows_operators: Whether C++ operators run where they can; off to check the rest of the formulas on a CPU.
     """
 
     config: ModelConfig
@@ -62,6 +73,17 @@ class T5Memory:
     decoder_length: int
     device_type: Literal["cuda", "cpu"] = "cuda"
     casts_weights: bool = False
+    allows_operators: bool = True
+
+    @property
+    def has_operators(self) -> bool:
+        """Whether what lies between matrix products are the C++ operators for CPUs."""
+        return self.allows_operators and self.device_type == "cpu" and not self.compute.fp16
+
+    @property
+    def has_attention_operator(self) -> bool:
+        """Whether attention is the C++ operator for CPUs."""
+        return self.has_operators and self.compute.attention_backend in ("auto", "cpu")
 
     @property
     def number_bytes(self) -> int:
@@ -75,12 +97,25 @@ class T5Memory:
 
     @property
     def fused_attention(self) -> bool:
-        """Whether attention keeps no probabilities."""
-        return self.device_type == "cuda" and self.compute.attention_backend != "unfused"
+        """Whether attention keeps no probabilities, recomputed or not."""
+        if not self.has_attention_operator:
+            return self.device_type == "cuda" and self.compute.attention_backend != "unfused"
+        dtype = torch.bfloat16 if self.compute.bf16 else torch.float32
+        return not cpu_attention.keeps_probabilities(dtype, self.config.kv_channels, self.config.attention_dropout)
 
-    def _mask_bytes(self, number_bytes: int) -> int:
-        """Bytes of an entry of the mask of a dropout of numbers of so many bytes."""
-        return 1 if self.device_type == "cuda" else number_bytes
+    @property
+    def has_bias_matrices(self) -> bool:
+        """Whether a position bias is a matrix for each head, and kept as one."""
+        if self.has_attention_operator or self.config.position_embedding_type != "relative":
+            return False
+        return self.fused_attention or self.compute.recompute_granularity is not None
+
+    def _mask_bytes(self, number_bytes: int, *, divided: bool = False) -> int:
+        """Bytes of an entry of the mask of a dropout of numbers of so many bytes, maybe of divided activations."""
+        if self.has_operators:
+            return 0
+        splits = divided and self.parallel.tensor_model_parallel_size > 1 and not self.parallel.sequence_parallel
+        return 1 if self.device_type == "cuda" or splits else number_bytes
 
     @cached_property
     def units(self) -> Units:
@@ -105,6 +140,8 @@ class T5Memory:
 
     def _normalised(self, part: int) -> int:
         """What the normalisation itself keeps of `part` tokens."""
+        if self.has_operators and self.config.normalization == "RMSNorm":
+            return self.residual_bytes * part * self.config.hidden_size
         input_bytes = 4 if self.device_type == "cpu" else self.residual_bytes
         rms_bytes = self.residual_bytes * (self.config.normalization == "RMSNorm")
         return (input_bytes + rms_bytes) * part * self.config.hidden_size
@@ -118,33 +155,43 @@ class T5Memory:
         padded = self.tokens(length)[0] // self.micro_batch_size
         return self.number_bytes * self._share(self.config.num_attention_heads) * padded**2
 
+    def _bias_vector(self, length: int) -> int:
+        """The position bias of a stack as a number for each diagonal of the scores, and the bucket of each."""
+        padded = self.tokens(length)[0] // self.micro_batch_size
+        return (4 * self._share(self.config.num_attention_heads) + 8) * (2 * padded - 1)
+
     def _own_bias(self, length: int) -> int:
         """The bias of a layer's own table, as far as its attention keeps it."""
         kept = self.fused_attention or self.compute.recompute_granularity == "selective"
-        return self._bias(length) if kept and self.config.relative_attention_bias_per_layer else 0
+        kept = kept and self.has_bias_matrices and self.config.relative_attention_bias_per_layer
+        return self._bias(length) if kept else 0
 
     def _attention(self, queries: int, keys: int, *, probabilities: bool) -> int:
         """Attention with its output projection, without the norm before it."""
         q, k, inner = self.tokens(queries)[0], self.tokens(keys)[0], self._share(self.config.inner_size)
         kept = self.number_bytes * (2 * q + 2 * k) * inner
+        if self.has_attention_operator:
+            kept += STATISTICS_BYTES * q * self._share(self.config.num_attention_heads)
         return kept + (self._probabilities(queries, keys) if probabilities else 0)
 
     def _probabilities(self, queries: int, keys: int) -> int:
         scores = self.tokens(queries)[0] * (self.tokens(keys)[0] // self.micro_batch_size)
         scores *= self._share(self.config.num_attention_heads)
-        if not self.config.attention_dropout:
+        if not self.config.attention_dropout or self.has_attention_operator:
             return self.number_bytes * scores
         return (
-            2 * self.number_bytes + self._mask_bytes(self.number_bytes)
+            2 * self.number_bytes + self._mask_bytes(self.number_bytes, divided=True)
         ) * scores  # before and after dropout, and its mask
 
     def _feed_forward(self, length: int) -> int:
         inner = self.tokens(length)[0] * self._share(self.config.ffn_hidden_size)
         has_dropout = self.config.hidden_dropout > 0
-        numbers = 4 if self.config.gated else 2
+        numbers = 2
+        if self.config.gated:
+            numbers = 3 if self.has_operators else 4
         if self.config.activation_function == "relu" and not has_dropout:
             numbers = 1  # the result of the activation is all that its gradient and the product need
-        return (self.number_bytes * numbers + self._mask_bytes(self.number_bytes) * has_dropout) * inner
+        return (self.number_bytes * numbers + self._mask_bytes(self.number_bytes, divided=True) * has_dropout) * inner
 
     def _cast_weights(self, unit: int) -> int:
         """16-bit copies of the matrices of a unit."""
@@ -203,10 +250,8 @@ class T5Memory:
         for layers, length in zip(self.layers_of(stage), (self.encoder_length, self.decoder_length), strict=True):
             if not layers:
                 continue
-            has_bias = self.config.position_embedding_type == "relative"
-            has_bias = has_bias and not self.config.relative_attention_bias_per_layer
-            if has_bias and (self.fused_attention or self.compute.recompute_granularity is not None):
-                kept += self._bias(length)
+            if self.config.position_embedding_type == "relative" and not self.config.relative_attention_bias_per_layer:
+                kept += self._bias(length) if self.has_bias_matrices else self._bias_vector(length)
             if layers[0] in self.units.decoder_layers:
                 kept += self.number_bytes * tokens * self.config.hidden_size  # the encoder output
             for group in self.recomputed(layers):
@@ -249,7 +294,8 @@ class T5Memory:
                 continue
             numbers = 5 if self.config.gated else 2  # of the inner units, their inputs, and those interleaved again
             inner = numbers * self.tokens(length)[0] * self._share(self.config.ffn_hidden_size) * self.number_bytes
-            needs.append(max(inner, 2 * self._probabilities(length, self.encoder_length)))
+            scores = 0 if self.has_attention_operator and self.fused_attention else 2
+            needs.append(max(inner, scores * self._probabilities(length, self.encoder_length)))
             for group in self.recomputed(layers):
                 needs.append(needs[1] + sum(self.unit_bytes(unit) for unit in group))
         if self.units.head in stage:
