@@ -1,5 +1,6 @@
 """Builds the C++ extensions; everything else about the package is in pyproject.toml."""
 
+import os
 import platform
 import tempfile
 from pathlib import Path
@@ -13,12 +14,18 @@ DATASETS_HEADERS = ("arrays", "denoising", "mixture_tree", "randomness", "token_
 KERNELS = "megatron/core/extensions"
 KERNELS_HEADERS = ("amx_tiles", "attention_rule", "parallel", "random_bits", "tiled_attention_items", "vector_math")
 # errno and traps of floating-point operations keep loops from being vectorised, and nobody asks for them.
-KERNELS_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+# GCC's own AVX-512 headers look uninitialised to it.
+KERNELS_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
 VECTOR_WIDTH_FLAG = "-mprefer-vector-width=512"
 
 
 class BuildExtensions(build_ext):
     """Adds to the kernels' flags what this compiler has: OpenMP, wide vectors."""
+
+    def finalize_options(self) -> None:
+        """As given, but as many at a time as there are processors."""
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def has_openmp(self) -> bool:
         """Whether a shared library with OpenMP compiles and links."""
