@@ -81,6 +81,7 @@ def build_stages(
     strategy = sharding_strategy(config)
     z_loss_weight = config.optimizer.z_loss_weight
     stages: list[T5Model] = []
+    check_attention(config, context.device)
     with torch.device("meta"):
         if plan is None:
             stages = [T5Model(config.model, config.compute, z_loss_weight, tensor_parallel=tensor_parallel)]
@@ -90,18 +91,20 @@ def build_stages(
     for stage in stages:
         shard_t5(stage, context)
         if config.compute.compile:
-            check_compiled_dropout(config, context.device)
             compile_layers(stage.blocks)
     data_parallel = [DataParallel(stage, context, config.compute, stage.blocks, strategy) for stage in stages]
     return stages, data_parallel
 
 
-def check_compiled_dropout(config: RunConfig, device: torch.device) -> None:
-    """Raise `UserError` when masks that differ between ranks would be drawn inside of torch's attention."""
+def check_attention(config: RunConfig, device: torch.device) -> None:
+    """Raise `UserError` for a backend that does not compute in this dtype here, or does not compile.
+
+    Masks that differ between ranks cannot be drawn inside of torch's attention when it is compiled.
+    """
     parallel, dtype = config.parallel, compute_dtype(config.compute) or torch.float32
     replicated = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
     backend = choose_backend(config.compute.attention_backend, device, dtype)
-    if replicated and backend == "sdpa" and config.model.attention_dropout > 0:
+    if config.compute.compile and replicated and backend == "sdpa" and config.model.attention_dropout > 0:
         raise UserError(
             "--attention-dropout under tensor parallelism does not compile with --attention-backend sdpa; "
             "add --sequence-parallel, use --attention-backend unfused, or remove --compile"

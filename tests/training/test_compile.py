@@ -144,4 +144,4 @@ def test_masks_inside_of_torchs_attention_are_refused() -> None:
     flags = "--tensor-model-parallel-size 2 --attention-dropout 0.1 --attention-backend sdpa --compile"
     config = parse_args([*MODEL, *SHALLOW, *shlex.split(flags)]).config
     with pytest.raises(UserError, match="add --sequence-parallel, use --attention-backend unfused"):
-        model_setup.check_compiled_dropout(config, torch.device("cpu"))
+        model_setup.check_attention(config, torch.device("cpu"))

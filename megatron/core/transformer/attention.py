@@ -35,6 +35,9 @@ CUDA_SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 
 Backend: TypeAlias = Literal["cpu", "sdpa", "unfused"]
 
+# Below, arranging all keys and values for the operator takes longer than attending to them: positions in generation.
+FEW_QUERIES = 16
+
 
 def choose_backend(given: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend that `--attention-backend` means for activations of this device and dtype.
@@ -125,6 +128,8 @@ class Attention(nn.Module):
         """
         dropout = self.dropout if self.training else 0.0
         backend = choose_backend(self.backend, query.device, query.dtype)
+        if self.backend == "auto" and query.shape[1] < FEW_QUERIES and not torch.is_grad_enabled():
+            backend = "sdpa"
         if backend == "cpu":
             context = self._attend_on_cpu(query, key, value, bias, dropout)
         else:
