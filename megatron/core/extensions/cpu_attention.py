@@ -11,6 +11,8 @@ Shapes: b batch, n heads, q queries, k keys, s either, d channels of a head.
 
 from __future__ import annotations
 
+import os
+import re
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,7 +26,8 @@ from megatron.core.extensions import tiled_attention
 
 # Whether kernels that work tile by tile are used where they can be.
 USE_TILES = True
-HAS_AMX = amx.available()
+# What oneDNN is told to leave unused is left unused here, too; the default is everything.
+HAS_AMX = amx.available() and re.search("AMX|DEFAULT", os.getenv("ONEDNN_MAX_CPU_ISA") or "DEFAULT", re.I) is not None
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LIBRARY = torch.library.Library("megatron_t5", "FRAGMENT")
 LIBRARY.define(
