@@ -161,10 +161,10 @@ class LoggingConfig:
 
     profile: bool = False
     """Record steps with torch's profiler: a Chrome trace of each rank, and a summary of where their time goes."""
-    profile_step_start: int = 10
-    """First step to record."""
-    profile_step_end: int = 12
-    """The step before which the recording ends."""
+    profile_step_start: int | None = None
+    """First step to record. Default: 10."""
+    profile_step_end: int | None = None
+    """The step before which the recording ends. Default: 12."""
     profile_ranks: list[str] | None = None
     """Ranks that record. Default: all."""
     profile_dir: str | None = None
@@ -172,17 +172,25 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "log_interval", "device_peak_tflops", "profile_step_start")
-        if self.profile_step_end <= self.profile_step_start:
+        steps = self.profile_steps
+        if self.profile and not steps:
             raise UserError(
-                f"--profile-step-end {self.profile_step_end} is not beyond --profile-step-start "
-                f"{self.profile_step_start}; the recording ends before it, choose a later one"
+                f"--profile-step-end {steps.stop} is not beyond --profile-step-start {steps.start}; the recording ends "
+                "before it, choose a later one"
             )
         for rank in self.profile_ranks or ():
             if not rank.isdecimal():
                 raise UserError(f"--profile-ranks {rank} is no rank; give numbers, which count from 0")
-        for name in ("profile_ranks", "profile_dir"):
+        for name in ("profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"):
             if getattr(self, name) is not None and not self.profile:
                 raise UserError(f"{flag_name(name)} needs --profile; add it or remove the flag")
+
+    @property
+    def profile_steps(self) -> range:
+        """The steps to record; none without --profile."""
+        start = 10 if self.profile_step_start is None else self.profile_step_start
+        end = 12 if self.profile_step_end is None else self.profile_step_end
+        return range(start, end) if self.profile else range(0)
 
 
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {

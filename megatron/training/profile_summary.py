@@ -2,7 +2,8 @@
 
 Without a GPU the timeline is the main thread's: an instant belongs to the innermost operator that runs there. With one
 it is that of the kernels of all streams. Either way an instant with an operator or kernel that computes is compute,
-however much communication runs beside it; communication is exposed while nothing computes.
+however much communication runs beside it; communication is exposed while nothing computes. A `torch.autograd.Function`
+may compute without an operator, and may wait: its own time is compute unless communication is under way.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ LABELS = {
 }
 
 COLLECTIVES = "collectives"
+FUNCTIONS = "autograd functions"
 MOST_OPERATORS = 10  # in the text
 
 # The first pattern that is found in an operator's name counts.
@@ -55,6 +57,8 @@ _GROUPS = tuple(
     (name, re.compile(pattern, re.IGNORECASE))
     for name, pattern in (
         (COLLECTIVES, r"^(nccl|gloo|mpi|ucc)[:_A-Z]|ncclDev|^_?c10d|record_param_comms"),
+        # Names of classes; the nodes of torch's own operators end in a number.
+        (FUNCTIONS, r"^_*(?-i:[A-Z])\w*(?<!\d)$"),
         ("optimizer", r"adam|adafactor|multi_tensor_apply"),
         ("attention kernels", r"attention|flash|fmha|softmax"),
         (
@@ -144,8 +148,8 @@ def operator_of(event: dict[str, Any]) -> str:
     name: str = event["name"]
     if name.startswith("## Call CompiledFxGraph"):
         return "compiled graph"
-    encloses = event["cat"] != "cpu_op" or "::" not in name or name.startswith(("autograd::", "torch::autograd"))
-    return "" if encloses and "cpp_fused" not in name else name
+    computes = ("::" in name and not name.startswith(("autograd::", "torch::autograd"))) or group_of(name) == FUNCTIONS
+    return name if (event["cat"] == "cpu_op" and computes) or "cpp_fused" in name else ""
 
 
 def innermost(events: Iterable[dict[str, Any]]) -> list[Segment]:
@@ -280,30 +284,39 @@ def summarize(events: Sequence[dict[str, Any]]) -> ProfileSummary | None:
         return None
     trace = _Trace.of(events)
     steps = [_interval(e) for e in trace.host if e["name"] == Phase.STEP]
-    # Between the steps, ranks agree on whether to go on.
-    window = difference([(steps[0][0], steps[-1][1])], trace.phase(Phase.EVALUATION, Phase.CHECKPOINT))
+    # Between the steps, ranks agree on whether to go on. The host leaves the last before a GPU has done all of it.
+    end = max([steps[-1][1], *(_interval(e)[1] for e in trace.device)])
+    window = difference([(steps[0][0], end)], trace.phase(Phase.EVALUATION, Phase.CHECKPOINT))
     segments = trace.segments()
-    compute = merged((s.start, s.end) for s in segments if group_of(s.operator) != COLLECTIVES)
-    communication = merged((s.start, s.end) for s in segments if group_of(s.operator) == COLLECTIVES)
+    functions, communication, operators = _by_kind(segments)
     optimizer = trace.phase(*OPTIMIZER_PHASES, on_device=bool(trace.device))
     times_ms = _divide(
         window,
         {
-            "communication_exposed": difference(communication, compute),
+            "communication_exposed": difference(communication, operators),
             "optimizer": optimizer,
-            "compute": compute,
+            "compute": merged(operators + functions),
             "data_wait": trace.phase(Phase.DATA),
         },
         len(steps),
     )
-    operators, groups_ms = _operator_times(segments, trace.calls(), window, optimizer, len(steps))
+    operator_times, groups_ms = _operator_times(segments, trace.calls(), window, optimizer, len(steps))
     return ProfileSummary(
         steps=len(steps),
         step_time_ms=length_us(window) / 1e3 / len(steps),
         times_ms=times_ms,
-        operators=operators,
+        operators=operator_times,
         groups_ms=groups_ms,
     )
+
+
+def _by_kind(segments: Iterable[Segment]) -> tuple[Intervals, Intervals, Intervals]:
+    """When functions run outside of operators, when collectives do, and when all other operators."""
+    found: dict[str, Intervals] = defaultdict(list)
+    for start, end, operator in segments:
+        group = group_of(operator)
+        found[group if group in (FUNCTIONS, COLLECTIVES) else OTHER].append((start, end))
+    return merged(found[FUNCTIONS]), merged(found[COLLECTIVES]), merged(found[OTHER])
 
 
 def _divide(window: Intervals, claims: dict[str, Intervals], steps: int) -> dict[str, float]:

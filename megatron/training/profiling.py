@@ -44,16 +44,21 @@ class StepProfiler:
     def __init__(self, config: LoggingConfig, save: str | None, context: ParallelContext) -> None:
         self.context = context
         self.is_open = False
-        self._steps = range(config.profile_step_start, config.profile_step_end) if config.profile else range(0)
+        self._steps = config.profile_steps
         self._directory = Path(config.profile_dir or Path(save or ".", "profile"))
         ranks = range(context.world_size) if config.profile_ranks is None else [int(r) for r in config.profile_ranks]
-        if min(ranks) >= context.world_size:
+        if max(ranks) >= context.world_size:
             raise UserError(
-                f"--profile-ranks {min(ranks)} is beyond the last of {context.world_size} ranks, which count from 0"
+                f"--profile-ranks {max(ranks)} is beyond the last of {context.world_size} ranks, which count from 0"
             )
         self._records = context.rank in ranks
         self._profiler: profile | None = None
         self._first = 0
+
+    @property
+    def first_step(self) -> int:
+        """The first one that `--profile` asks for."""
+        return self._steps.start
 
     def never_begins(self, last_step: int) -> bool:
         """Whether a run that ends with `last_step` ends before the window."""

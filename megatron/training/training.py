@@ -91,6 +91,10 @@ class Trainer:
         # Mistakes that need no model show before there is one.
         self.warnings = [] if start is None else check_compatible(start, config, self.description)
         self._plan()
+        self.profiler = StepProfiler(config.logging, config.checkpoint.save, context)
+        if self.profiler.never_begins(self.total_iterations):
+            first = self.profiler.first_step
+            self.warnings.append(f"--profile-step-start {first} is beyond the last step; nothing will be profiled")
         skipped = SampleRanges.parse(training.skip_samples)
         if late := skipped.too_late(self.progress.next_sample, self.progress.consumed_samples):
             self.warnings.append(late)
@@ -108,10 +112,6 @@ class Trainer:
             config, data, context, self.progress, flops_per_sample, self.global_batch_size, self.model.counts_loss
         )
         self.window = self.reports.window
-        self.profiler = StepProfiler(config.logging, config.checkpoint.save, context)
-        if self.profiler.never_begins(self.total_iterations):
-            first = config.logging.profile_step_start
-            self.warnings.append(f"--profile-step-start {first} is beyond the last step; nothing will be profiled")
         self.evaluator = Evaluator(config, data, context, self.model, self._loader, lambda: self.stop.poll() != Stop.NO)
         if data.tasks and context.pp_size > 1:
             self.warnings.append(
@@ -263,7 +263,9 @@ class Trainer:
                         self._after_step()
                 if self.profiler.ends_with(self.progress.iteration):
                     self._end_profile()
-        except NumericalError:
+        except NumericalError:  # all ranks raise it together
+            if self.profiler.is_open:
+                self._end_profile()
             if not self.window.is_empty:
                 self.report()  # the rows that show how it came to this
             raise

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shlex
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.core.errors import UserError
+from megatron.core.errors import NumericalError, UserError
 from megatron.core.parallel_state import ParallelContext
 from megatron.training import profiling
 from megatron.training.arguments import parse_args
@@ -109,6 +110,27 @@ def test_summary_of_a_cpu_trace() -> None:
     assert summarize([event("aten::mm", 0, 1)]) is None
 
 
+def test_a_function_computes_unless_it_waits() -> None:
+    """The head's loss runs kernels that are no operators; a function of tensor parallelism waits for its sum."""
+    summary = summarize(
+        [
+            phase(Phase.STEP, 0, 20_000),
+            event("_HeadLoss", 1000, 6000),
+            event("aten::mm", 2000, 4000),
+            event("_Reduce", 7000, 10_000),
+            event("c10d::allreduce_", 7000, 8000),
+            event("gloo:all_reduce", 7000, 9500, "user_annotation", thread=2),
+            event("autograd::engine::evaluate_function: _HeadLossBackward", 11_000, 15_000),
+            event("_HeadLossBackward", 12_000, 14_000),
+            event("MmBackward0", 16_000, 19_000),  # encloses an operator that is not in this trace
+        ]
+    )
+    assert summary is not None and summary.times_ms == {
+        "compute": 5 + 0.5 + 2, "communication_exposed": 2.5, "data_wait": 0, "optimizer": 0, "rest": 10,
+    }  # fmt: skip
+    assert summary.groups_ms["autograd functions"] == 3 + 2 + 2
+
+
 def test_messages_that_are_awaited_together_count_once() -> None:
     waits = [event("gloo:recv", start, 8000, "user_annotation", thread=2) for start in (0, 1000, 2000)]
     summary = summarize([phase(Phase.STEP, 0, 10_000), event("aten::mm", 4000, 10_000), *waits])
@@ -117,7 +139,7 @@ def test_messages_that_are_awaited_together_count_once() -> None:
 
 
 def test_summary_of_a_gpu_trace() -> None:
-    """The timeline is that of the kernels; the host runs ahead of them."""
+    """The timeline is that of the kernels; the host runs ahead of them, and out of the step before its last one."""
     events = [
         phase(Phase.STEP, 0, 100),
         phase(Phase.DATA, 0, 20),
@@ -128,11 +150,13 @@ def test_summary_of_a_gpu_trace() -> None:
         event("ncclDevKernel_AllReduce_Sum", 50, 75, "kernel", 21),
         event(Phase.OPTIMIZER, 80, 95, "gpu_user_annotation", 20),
         event("multi_tensor_apply_kernel", 80, 90, "kernel", 20),
+        event(Phase.OPTIMIZER, 105, 120, "gpu_user_annotation", 20),
+        event("multi_tensor_apply_kernel", 106, 120, "kernel", 20),
     ]
     summary = summarize(events)
     assert summary is not None
     assert summary.times_ms == pytest.approx(
-        {"compute": 0.043, "communication_exposed": 0.015, "data_wait": 0.015, "optimizer": 0.015, "rest": 0.012}
+        {"compute": 0.043, "communication_exposed": 0.015, "data_wait": 0.015, "optimizer": 0.030, "rest": 0.017}
     )
     assert [operator.group for operator in summary.operators] == [
         "matrix products", "collectives", "optimizer", "copies, casts, fills",
@@ -150,6 +174,7 @@ def test_summary_of_a_gpu_trace() -> None:
         ("gloo:recv", "collectives"),
         ("aten::_fused_adamw_", "optimizer"),
         ("compiled graph", "compiled graphs"),
+        ("_RMSNormBackward", "autograd functions"),
         ("aten::view", "other operators"),
     ],
 )
@@ -279,7 +304,11 @@ def test_a_profiler_that_fails_is_said_and_the_run_goes_on(
     [
         ("--profile --profile-step-start 0", "--profile-step-start is 0"),
         ("--profile --profile-step-start 12", "--profile-step-end 12 is not beyond --profile-step-start 12"),
+        ("--profile --profile-step-end 10", "--profile-step-end 10 is not beyond --profile-step-start 10"),
         ("--profile-dir x", "--profile-dir needs --profile"),
+        ("--profile-ranks 0", "--profile-ranks needs --profile"),
+        ("--profile-step-start 10", "--profile-step-start needs --profile"),
+        ("--profile-step-end 12", "--profile-step-end needs --profile"),
         ("--profile --profile-ranks -1", "--profile-ranks -1 is no rank"),
     ],
 )
@@ -293,5 +322,20 @@ def test_a_window_beyond_the_run_is_warned_of(
 ) -> None:
     train([*TINY, "--data-path", str(byte_dataset), "--profile", "--train-iters", "1"])
     assert "--profile-step-start 10 is beyond the last step" in capsys.readouterr().err
+
+
+def test_a_rank_that_there_is_not(byte_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.training.training.DistributedModel", None)  # it is told before there is a model
     with pytest.raises(UserError, match="--profile-ranks 4 is beyond the last of 1 ranks"):
-        train([*TINY, "--data-path", str(byte_dataset), "--profile", "--profile-ranks", "4"])
+        train([*TINY, "--data-path", str(byte_dataset), "--profile", "--profile-ranks", "0", "4"])
+
+
+def test_a_run_that_fails_within_the_window_is_profiled(
+    byte_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron.training.training.global_grad_norm", lambda *_: torch.tensor(math.nan))
+    flags = [*TINY, "--data-path", str(byte_dataset), "--save", str(tmp_path), "--max-consecutive-skips", "1"]
+    with pytest.raises(NumericalError):
+        train([*flags, "--profile", "--profile-step-start", "1", "--profile-step-end", "4"])
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["rank0_steps1-3.json.gz"]
+    assert [row["profile_steps"] for row in profile_rows(tmp_path)] == [2]
