@@ -128,11 +128,11 @@ class Ours:
 
     def _divisor(self, sums: Any) -> Any:
         """What clipping divides the gradients by."""
-        from megatron.core.distributed import global_grad_norm
+        from megatron.core.distributed import global_grad_norm, gradient_divisor
 
         norm = global_grad_norm(self.model.parameters, self.context, 1.0, sums)
         assert math.isfinite(norm.item())  # the trainer looks, too
-        return (norm / self.max_norm).clamp(min=1.0)
+        return gradient_divisor(norm, self.max_norm)
 
 
 class Theirs:
