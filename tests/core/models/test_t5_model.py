@@ -8,6 +8,7 @@ import torch
 
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.errors import UserError
+from megatron.core.extensions import cpu_attention, cpu_elementwise
 from megatron.core.models.T5.t5_model import T5Model, recomputation_groups
 from megatron.core.parameters import initialize_parameters
 from megatron.core.transformer.attention_bias import ScoreBias
@@ -25,6 +26,13 @@ SIZES = {
     "make_vocab_size_divisible_by": 16,
 }
 POSITIONS = ["relative", "learned_absolute", "rope", "none"]
+# Backend of attention, dtype and channels of a head, on which the kernels of the backend cpu depend.
+COMPUTATIONS = {
+    "unfused": ("unfused", torch.float64, 8),
+    "sdpa": ("sdpa", torch.float64, 8),
+    "cpu": ("cpu", torch.float32, 8),
+    "cpu, tiles": ("cpu", torch.float32, 16),
+}
 
 
 def build(z_loss_weight=0.0, dtype=torch.float32, compute=None, **fields):
@@ -35,6 +43,13 @@ def build(z_loss_weight=0.0, dtype=torch.float32, compute=None, **fields):
     return model
 
 
+def build_for(computation, z_loss_weight=0.0, compute=None, **fields):
+    """A model that computes as one of `COMPUTATIONS` says."""
+    backend, dtype, channels = COMPUTATIONS[computation]
+    compute = ComputeConfig(attention_backend=backend, **(compute or {}))
+    return build(z_loss_weight, dtype, compute, kv_channels=channels, **fields)
+
+
 def ids(*shape, seed=0):
     return torch.randint(2, 60, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -43,9 +58,10 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("computation", COMPUTATIONS)
 @pytest.mark.parametrize("position", POSITIONS)
-def test_padded_rows_equal_unpadded_rows(position):
-    model = build(position_embedding_type=position, dtype=torch.float64)
+def test_padded_rows_equal_unpadded_rows(position, computation):
+    model = build_for(computation, position_embedding_type=position)
     encoder_ids, decoder_ids = ids(1, 9), ids(1, 5)
     alone = model(encoder_ids, decoder_ids)
     padded_encoder, padded_decoder = torch.zeros(2, 14, dtype=torch.long), torch.zeros(2, 8, dtype=torch.long)
@@ -56,9 +72,9 @@ def test_padded_rows_equal_unpadded_rows(position):
     torch.testing.assert_close(padded.encoder_output[0, :9], alone.encoder_output[0])
 
 
-@pytest.mark.parametrize("backend", ["unfused", "sdpa"])
-def test_packed_loss_and_gradients_equal_separate_rows(backend):
-    model = build(0.01, torch.float64, ComputeConfig(attention_backend=backend))
+@pytest.mark.parametrize("computation", COMPUTATIONS)
+def test_packed_loss_and_gradients_equal_separate_rows(computation):
+    model = build_for(computation, 0.01)
     rows = [(ids(1, s, seed=s), ids(1, t, seed=t), ids(1, t, seed=t + 9)) for s, t in ((7, 3), (4, 4), (6, 2))]
     for row in rows:
         sum(term.sum() for term in model(*row).loss).backward()
@@ -101,13 +117,13 @@ def test_encode_and_decode_equal_forward():
     torch.testing.assert_close(model.logits(decoded), output.logits)
 
 
-@pytest.mark.parametrize("backend", ["unfused", "sdpa"])
+@pytest.mark.parametrize("computation", COMPUTATIONS)
 @pytest.mark.parametrize("granularity", ["full", "selective"])
-def test_recomputation_changes_no_gradient(granularity, backend):
+def test_recomputation_changes_no_gradient(granularity, computation):
+    dropout = {"hidden_dropout": 0.3, "attention_dropout": 0.0 if computation == "cpu, tiles" else 0.3}
     results = []
     for recompute in (None, granularity):
-        compute = ComputeConfig(attention_backend=backend, recompute_granularity=recompute)
-        model = build(0.01, compute=compute, hidden_dropout=0.3, attention_dropout=0.3)
+        model = build_for(computation, 0.01, {"recompute_granularity": recompute}, **dropout)
         calls = []
         for module in model.modules():
             if isinstance(module, EncoderLayer | DecoderLayer):
@@ -212,9 +228,10 @@ def test_fp16_trains_close_to_fp32(position, recompute):
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("backend", ["unfused", "sdpa"])
-def test_bf16_parameters_compute_in_bf16_with_every_option(position, backend):
+@pytest.mark.parametrize(("backend", "channels"), [("unfused", 8), ("sdpa", 8), ("cpu", 8), ("cpu", 32)])
+def test_bf16_parameters_compute_in_bf16_with_every_option(position, backend, channels):
     fields = {"position_embedding_type": position, "normalization": "LayerNorm", "add_bias_linear": True}
+    fields["kv_channels"] = channels
     model = build(dtype=torch.bfloat16, compute=ComputeConfig(bf16=True, attention_backend=backend), **fields)
     mask = torch.arange(9) < torch.tensor([[9], [4]])
     output = model(ids(2, 9), ids(2, 6, seed=1), encoder_mask=mask)
@@ -230,29 +247,69 @@ def dropout_calls(monkeypatch, model, training):
         return dropout(x, p, training, inplace)
 
     monkeypatch.setattr(torch.nn.functional, "dropout", record)
+    record_operators(monkeypatch, calls)
     model.train(training)(ids(2, 9), ids(2, 6, seed=1))
     return calls
 
 
-def test_dropout_places(monkeypatch):
-    model = build(dtype=torch.float64, hidden_dropout=0.1, attention_dropout=0.2)  # which has torch's own dropout
+def record_operators(monkeypatch, calls):
+    """Shape and rate of what the operators of CPUs drop, as of torch's dropout of the same tensors."""
+
+    def of_elementwise(x, p, *_):
+        return x.shape, p
+
+    def of_sum(residual, branch, p):
+        return branch.shape, p
+
+    def of_norm(residual, branch, weight, epsilon, dtype, p):
+        return branch.shape, p
+
+    def of_attention(query, key, value, *_, dropout, **__):
+        query, key, _ = cpu_attention.separate(query, key, value)
+        return (query.shape[0], query.shape[2], query.shape[1], key.shape[1]), dropout
+
+    def record(module, name, dropped):
+        operator = getattr(module, name)
+
+        def recorded(*arguments, **options):
+            shape, p = dropped(*arguments, **options)
+            if p:
+                calls.append((tuple(shape), p))
+            return operator(*arguments, **options)
+
+        monkeypatch.setattr(module, name, recorded)
+
+    record(cpu_elementwise, "dropout", of_elementwise)
+    record(cpu_elementwise, "dropout_add", of_sum)
+    record(cpu_elementwise, "add_rms_norm", of_norm)
+    record(cpu_attention, "attention", of_attention)
+
+
+# fp64 has torch's own dropout; LayerNorm has no operator that it is part of.
+@pytest.mark.parametrize(
+    ("dtype", "normalization"),
+    [(torch.float64, "RMSNorm"), (torch.float32, "RMSNorm"), (torch.float32, "LayerNorm")],
+)
+def test_dropout_places(monkeypatch, dtype, normalization):
+    model = build(dtype=dtype, hidden_dropout=0.1, attention_dropout=0.2, normalization=normalization)
     n, h, f = 2, 32, 40
     attention = lambda q, k: [((2, n, q, k), 0.2), ((2, q, h), 0.1)]  # noqa: E731
     feed_forward = lambda length: [((2, length, f), 0.1), ((2, length, h), 0.1)]  # noqa: E731
     expected = [((2, 9, h), 0.1), ((2, 6, h), 0.1)]  # the embeddings of both stacks
     expected += 2 * [*attention(9, 9), *feed_forward(9)] + [((2, 9, h), 0.1)]  # the last one after the final norm
     expected += 3 * [*attention(6, 6), *attention(6, 9), *feed_forward(6)] + [((2, 6, h), 0.1)]
-    assert dropout_calls(monkeypatch, model, training=True) == expected
-    assert dropout_calls(monkeypatch, model, training=False) == []
+    with monkeypatch.context() as patches:
+        assert dropout_calls(patches, model, training=True) == expected
+    with monkeypatch.context() as patches:
+        assert dropout_calls(patches, model, training=False) == []
 
 
-def test_evaluation_is_free_of_dropout():
-    for backend in ("unfused", "sdpa"):
-        compute = ComputeConfig(attention_backend=backend)
-        dropped = build(compute=compute, hidden_dropout=0.5, attention_dropout=0.5).eval()
-        expected = build(compute=compute)(ids(2, 9), ids(2, 6)).logits
-        torch.testing.assert_close(dropped(ids(2, 9), ids(2, 6)).logits, expected)
-        assert not torch.allclose(dropped.train()(ids(2, 9), ids(2, 6)).logits, expected, atol=0.1)
+@pytest.mark.parametrize("computation", COMPUTATIONS)
+def test_evaluation_is_free_of_dropout(computation):
+    dropped = build_for(computation, hidden_dropout=0.5, attention_dropout=0.5).eval()
+    expected = build_for(computation)(ids(2, 9), ids(2, 6)).logits
+    torch.testing.assert_close(dropped(ids(2, 9), ids(2, 6)).logits, expected)
+    assert not torch.allclose(dropped.train()(ids(2, 9), ids(2, 6)).logits, expected, atol=0.1)
 
 
 def test_int32_ids_are_accepted():

@@ -260,8 +260,16 @@ def test_simulated_time_in_seconds_with_messages():
     late = simulate_plan(plan, 8, seconds_per_flop=1e-12, transfer_times=[1e-3])
     assert late.makespan >= without.makespan + 2e-3
     recomputed = simulate_plan(plan, 8, seconds_per_flop=1e-12, recompute=True)
+    # The first rank's eighth forward pass ends after the first microbatch's way through both stages and six of its own
+    # backward and forward passes; from then on it waits for the second stage, and its last backward pass ends the step.
     # Layers are recomputed; the head, whose gradients are computed in its forward pass, is not.
-    assert 1.3 < recomputed.makespan / without.makespan < 4 / 3
+    first, head = plan.costs[0], plan.unit_costs[-1]
+    layers = plan.costs[1] - head
+    expected = [
+        (1 + 6 * 3 + 2) * first + 2 * 3 * (layers + head),
+        (1 + 6 * 4 + 3) * first + 2 * (4 * layers + 3 * head),
+    ]
+    assert [without.makespan, recomputed.makespan] == pytest.approx([1e-12 * flops for flops in expected], rel=1e-12)
     assert sum(plan.costs) > 0 and max(without.peaks_in_flight) <= 2.0
 
 

@@ -1,5 +1,7 @@
 """The model divided among tensor-parallel ranks computes what the whole model computes."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -16,6 +18,8 @@ from megatron.core.models.T5.t5_units import Units
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import initialize_parameters
 from megatron.core.tensor_parallel import IGNORED_LABEL, TensorParallel
+from megatron.core.transformer.attention_bias import ScoreBias
+from megatron.core.transformer.elementwise import add_dropout, dropout
 from tests.distributed import run_distributed
 
 # Options of the model, of the computation, lengths of the batch.
@@ -204,13 +208,38 @@ def dropout_run(model, seed):
     return [losses.cross_entropy] + [parameter.grad.to_local().clone() for parameter in model.parameters()]
 
 
-def _dropout(rank, sequence_parallel):
-    context, parallel = context_of(2, sequence_parallel)
-    parallel.seed_dropout(7)
+def masks_of_layer(layer, parallel, dtype):
+    """What dropout at rate 0.3 makes of ones, replicated and divided activations in turn."""
+    ones, zeros = torch.ones(25, 20, dtype=dtype), torch.zeros(25, 20, dtype=dtype)
+    attention = layer.self_attention
+    attention.o = torch.nn.Identity()
+    query, key = (torch.zeros(1, length, 2, 6, dtype=dtype) for length in (80, 6))
+    value = 6 * torch.eye(6, dtype=dtype)[None, :, None].expand(1, 6, 2, 6)  # so the result is 6 x probabilities
     masks = []
     for _ in range(2):
-        masks += [torch.nn.functional.dropout(torch.ones(500), 0.3), parallel.dropout(torch.ones(500), 0.3, True)]
-    options = {"hidden_dropout": 0.3, "attention_dropout": 0.2}
+        masks += [
+            dropout(ones, 0.3),
+            parallel.dropout(ones, 0.3, True),
+            add_dropout(zeros, ones, 0.3),
+            attention.attend(query, key, value, ScoreBias(80, 6)),
+            layer.mlp_norm.add(zeros, ones, 0.3)[0],
+            parallel.dropout(ones, 0.3, True),
+        ]
+    return [mask.detach() for mask in masks]
+
+
+def _dropout(rank, sequence_parallel):
+    context, parallel = context_of(2, sequence_parallel)
+    # In fp64 dropout is torch's, in fp32 part of the operators of CPUs.
+    return [dropout_results(context, parallel, dtype) for dtype in (torch.float64, torch.float32)]
+
+
+def dropout_results(context, parallel, dtype):
+    """Masks, losses and gradients of replicated parameters; recomputation is checked here."""
+    options = {"hidden_dropout": 0.3, "attention_dropout": 0.3}
+    layer = build(config(**options), ComputeConfig(), context, parallel, dtype=dtype).encoder.layers["0"]
+    parallel.seed_dropout(7)
+    masks = masks_of_layer(layer, parallel, dtype)
     results = []
     for recompute in (
         {},
@@ -218,7 +247,7 @@ def _dropout(rank, sequence_parallel):
         {"recompute_granularity": "full", "recompute_num_layers": 2},
         {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     ):
-        model = build(config(**options), ComputeConfig(**recompute), context, parallel)
+        model = build(config(**options), ComputeConfig(**recompute), context, parallel, dtype=dtype)
         results.append(dropout_run(model, seed=3))
     other_seed = dropout_run(model, seed=4)
     assert not torch.equal(other_seed[0], results[0][0])
@@ -235,17 +264,16 @@ def _dropout(rank, sequence_parallel):
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_dropout(sequence_parallel):
     """Masks of replicated activations are equal on all ranks, of split ones not; recomputation repeats both."""
-    (masks, losses, replicated), (other_masks, other_losses, other_replicated) = run_distributed(
-        _dropout, 2, sequence_parallel
-    )
-    assert torch.equal(losses, other_losses)
-    for number, (mask, other) in enumerate(zip(masks, other_masks, strict=True)):
-        split = sequence_parallel or number % 2 == 1
-        assert torch.equal(mask, other) is not split
-        assert abs(mask.mean() - 1) < 0.1 and abs((mask * other).mean() - (1 if split else 1 / 0.7)) < 0.15
-    assert not any(torch.equal(masks[i], masks[j]) for i in range(4) for j in range(i))
-    for gradient, other in zip(replicated, other_replicated, strict=True):
-        assert torch.equal(gradient, other) is not sequence_parallel
+    for results, others in zip(*run_distributed(_dropout, 2, sequence_parallel), strict=True):
+        (masks, losses, replicated), (other_masks, other_losses, other_replicated) = results, others
+        assert torch.equal(losses, other_losses)
+        for number, (mask, other) in enumerate(zip(masks, other_masks, strict=True)):
+            split = sequence_parallel or number % 2 == 1
+            assert torch.equal(mask, other) is not split
+            assert abs(mask.mean() - 1) < 0.1 and abs((mask * other).mean() - (1 if split else 1 / 0.7)) < 0.15
+        assert not any(torch.equal(mask, other) for mask, other in combinations(masks, 2))
+        for gradient, other in zip(replicated, other_replicated, strict=True):
+            assert torch.equal(gradient, other) is not sequence_parallel
 
 
 def _collectives(rank):
