@@ -217,9 +217,13 @@ class DistributedModel:
 
         `batch` holds `evaluation_microbatches` microbatches.
         """
+        losses: torch.Tensor | None
         if self.pipeline is not None:
-            return self.pipeline.evaluate(batch.inputs())
-        losses: torch.Tensor = self.stages[0](**batch.inputs()).loss.cross_entropy
+            losses = self.pipeline.evaluate(batch.inputs())
+        else:
+            losses = self.stages[0](**batch.inputs()).loss.cross_entropy
+        for data_parallel in self.data_parallel:
+            data_parallel.reshard()
         return losses
 
     @property

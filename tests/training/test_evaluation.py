@@ -1,5 +1,6 @@
 """Validation losses: which tokens they count, and for which denoiser."""
 
+import shlex
 from collections import defaultdict
 from itertools import chain
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatron.core.config import DataConfig
 from megatron.core.datasets.corpus import open_corpus, split_corpus
@@ -18,7 +20,11 @@ from megatron.core.datasets.loader import Dataset, T5Loader, TensorBatch
 from megatron.core.datasets.packed_documents import PackedDocumentsDataset
 from megatron.core.datasets.t5_dataset import DenoisingDataset, SpecialTokens
 from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import local_tensor
+from megatron.training.arguments import parse_args
 from megatron.training.evaluation import EvaluationResult, evaluate, kinds_of_targets, special_token_mask
+from megatron.training.model_setup import DistributedModel
+from tests.distributed import run_distributed
 
 SPECIAL = SpecialTokens(vocab_size=120, pad_id=0, eos_id=1, decoder_start_id=0, sentinel_ids=tuple(range(119, 99, -1)))
 PADDED_VOCAB = 128
@@ -117,3 +123,42 @@ def test_kinds_of_targets_in_segments() -> None:
         torch.zeros(3, 0, dtype=torch.int32), batch._replace(decoder_segment_ids=segments * 0)
     )
     assert only_padding.tolist() == [[-1] * 4] * 3
+
+
+TINY = shlex.split(
+    "--encoder-num-layers 1 --decoder-num-layers 1 --hidden-size 16 --num-attention-heads 2 --kv-channels 8 "
+    "--vocab-size 128 --global-batch-size 4 --data-path x"
+)
+
+
+def losses_of_changing_parameters(strategy: str) -> tuple[list[float], bool]:
+    """Summed losses of two evaluations, the parameters being halved in between; whether all are whole afterwards."""
+    config = parse_args([*TINY, "--data-parallel-sharding-strategy", strategy]).config
+    context = ParallelContext.create(config.parallel, torch.device("cpu"))
+    model = DistributedModel(config, context, None, num_microbatches=1)
+    model.train_mode(False)
+    generator = torch.Generator().manual_seed(1)
+    batch = TensorBatch(*(torch.randint(3, 120, (2, length), generator=generator) for length in (8, 6, 6)))
+    found = []
+    for _ in range(2):
+        losses = model.token_losses(batch)
+        found.append(0.0 if losses is None else losses.sum().item())
+        with torch.no_grad():
+            for parameter in model.parameters:
+                local_tensor(parameter.parameter).mul_(0.5)
+    whole = any(not isinstance(parameter, DTensor) for stage in model.stages for parameter in stage.parameters())
+    return found, whole
+
+
+def _losses_by_strategy(rank: int, strategies: list[str]) -> list[tuple[list[float], bool]]:
+    return [losses_of_changing_parameters(strategy) for strategy in strategies]
+
+
+def test_evaluations_see_the_present_parameters_and_hold_no_others() -> None:
+    """FSDP2 keeps what it has gathered until a backward pass, which an evaluation has not."""
+    expected, _ = losses_of_changing_parameters("no_shard")
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+    strategies = ["no_shard", "optim", "optim_grads", "optim_grads_params"]
+    for found in run_distributed(_losses_by_strategy, 2, strategies):
+        for strategy, (losses, whole) in zip(strategies, found, strict=True):
+            assert losses == pytest.approx(expected, rel=1e-5) and whole == (strategy == "no_shard")

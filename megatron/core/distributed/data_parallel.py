@@ -125,6 +125,15 @@ class DataParallel:
         if (reduction := self._reduction_of_replicas()) is not None:
             reduction.finish()
 
+    def reshard(self) -> None:
+        """Release the gathered parameters after forward passes that no backward pass follows, which would do it.
+
+        They would hold memory, and the next forward pass would take them for the present ones.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _reduction_of_replicas(self) -> GradientReduction | None:
         """Made when it is first needed: materialising a model replaces its parameters."""
         group = self.context.dp_group

@@ -80,8 +80,10 @@ def train(context, strategy, microbatches, precision="fp32"):
         optimizer.zero_grad()
         losses.append(total.item())
         norms.append(norm.item())
-    with torch.no_grad():  # the parameters must stay whole shards after a forward without backward
+    with torch.no_grad():  # the parameters are shards again after a forward without backward
         model(batch.to(LOW.get(precision)))
+    parallel.reshard()
+    assert strategy in (None, "no_shard") or all(isinstance(p, DTensor) for p in model.parameters())
     values = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
         for name, p in zip(optimizer.names, optimizer.parameters, strict=True)
@@ -106,6 +108,35 @@ def test_two_ranks_train_as_one(microbatches):
             assert other_norms == pytest.approx(norms, rel=1e-5)
             for name, value in parameters.items():
                 torch.testing.assert_close(other_parameters[name], value, rtol=1e-4, atol=1e-6)
+
+
+def clipped_gradients(context, strategy):
+    """Norm of the gradients before the optimizer divides them, and after."""
+    model = Model()
+    parallel = DataParallel(model, context, ComputeConfig(), model.layers, strategy)
+    initialize_parameters(model, seed=1)
+    parameters = model_parameters([model])
+    optimizer = build_optimizer(OptimizerConfig(optimizer="adamw"), parameters, context)
+    parallel.set_gradient_sync(True)
+    model(torch.ones(2, WIDTH)).sum().backward()
+    parallel.reduce_gradients()
+    norm = global_grad_norm(parameters, context)
+    optimizer.step(0.1, gradient_divisor(norm, 0.01))
+    return norm.item(), global_grad_norm(parameters, context).item()
+
+
+def _clipping_rank(rank):
+    context = ParallelContext.create(ParallelConfig(), torch.device("cpu"))
+    return [clipped_gradients(context, strategy) for strategy in ("no_shard", "optim", "optim_grads_params")]
+
+
+def test_clipped_gradients_have_the_norm_that_was_asked_for():
+    """On CPUs torch's AdamW leaves behind the gradients that it used."""
+    for before, after in [
+        clipped_gradients(CPU, None),
+        *(pair for found in run_distributed(_clipping_rank, 2) for pair in found),
+    ]:
+        assert before > 1 and after == pytest.approx(0.01, rel=1e-4)
 
 
 def _collectives(rank, microbatches):
