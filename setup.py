@@ -12,7 +12,15 @@ from setuptools.errors import CompileError, LinkError
 DATASETS = "megatron/core/datasets"
 DATASETS_HEADERS = ("arrays", "denoising", "mixture_tree", "randomness", "token_sources", "window_layouts")
 KERNELS = "megatron/core/extensions"
-KERNELS_HEADERS = ("amx_tiles", "attention_rule", "parallel", "random_bits", "tiled_attention_items", "vector_math")
+KERNELS_HEADERS = (
+    "amx_tiles",
+    "attention_rule",
+    "kernel_arguments",
+    "parallel",
+    "random_bits",
+    "tiled_attention_items",
+    "vector_math",
+)
 # errno and traps of floating-point operations keep loops from being vectorised, and nobody asks for them.
 # GCC's own AVX-512 headers look uninitialised to it.
 KERNELS_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]

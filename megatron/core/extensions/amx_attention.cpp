@@ -14,11 +14,11 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
 #include "amx_tiles.h"
 #include "attention_rule.h"
+#include "kernel_arguments.h"
 #include "parallel.h"
 
 #if HAS_AMX
@@ -31,20 +31,18 @@ namespace py = pybind11;
 
 namespace {
 
+using megatron::at;
+using megatron::require;
 using megatron::ScoreRule;
 using std::int64_t;
 using bits16 = std::uint16_t;  // a bf16 number as it lies in memory
-
-void require(bool condition, const char* message) {
-    if (!condition) throw std::invalid_argument(message);
-}
 
 // A tensor [b, s, n, d] whose channels are adjacent; strides in elements.
 struct Heads {
     bits16* data;
     int64_t batch_stride, position_stride, head_stride;
 
-    Heads(std::uintptr_t address, const std::vector<int64_t>& strides) : data(reinterpret_cast<bits16*>(address)) {
+    Heads(std::uintptr_t address, const std::vector<int64_t>& strides) : data(at<bits16>(address)) {
         require(strides.size() == 4 && strides[3] == 1, "strides must be four: batch, position, head, 1");
         batch_stride = strides[0], position_stride = strides[1], head_stride = strides[2];
     }
@@ -461,8 +459,7 @@ void forward(const ScoreRule& rule, int64_t channels, const std::vector<Address>
     check(channels);
     require(addresses.size() == 4 && strides.size() == 4, "tensors must be query, key, value, context");
     const auto tensor = [&](int index) { return Heads(addresses[index], strides[index]); };
-    const ForwardArguments given{rule, channels, tensor(0), tensor(1), tensor(2), tensor(3),
-                                 reinterpret_cast<float*>(statistics)};
+    const ForwardArguments given{rule, channels, tensor(0), tensor(1), tensor(2), tensor(3), at<float>(statistics)};
     const py::gil_scoped_release released;
     megatron::parallel_for(rule.items(), rule.rows() * rule.keys, threads,
                            [&](int64_t begin, int64_t end) { forward_items(given, begin, end); });
@@ -476,12 +473,12 @@ void backward(const ScoreRule& rule, int64_t channels, const std::vector<Address
     const auto tensor = [&](int index) { return Heads(addresses[index], strides[index]); };
     std::vector<float> sums(diagonals ? rule.items() * rule.diagonals_length() : 0);  // [b n, q + k - 1]
     const BackwardArguments given{rule, channels, tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5),
-                                  tensor(6), tensor(7), reinterpret_cast<const float*>(statistics),
+                                  tensor(6), tensor(7), at<const float>(statistics),
                                   diagonals ? sums.data() : nullptr};
     const py::gil_scoped_release released;
     megatron::parallel_for(rule.items(), rule.rows() * rule.keys, threads,
                            [&](int64_t begin, int64_t end) { Backward(given).run(begin, end); });
-    if (diagonals) rule.sum_over_batch(sums.data(), reinterpret_cast<float*>(diagonals));
+    if (diagonals) rule.sum_over_batch(sums.data(), at<float>(diagonals));
 }
 
 }  // namespace

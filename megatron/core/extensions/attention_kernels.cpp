@@ -11,11 +11,11 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention_rule.h"
+#include "kernel_arguments.h"
 #include "parallel.h"
 #include "random_bits.h"
 #include "vector_math.h"
@@ -24,38 +24,19 @@ namespace py = pybind11;
 
 namespace {
 
-using megatron::bfloat16;
+using megatron::at;
 using megatron::load;
 using megatron::parallel_for;
 using megatron::random_bits;
+using megatron::require;
 using megatron::ScoreRule;
 using megatron::store;
+using megatron::with_type;
 using std::int64_t;
 
 constexpr int64_t vector_size = 16;  // buffers of rows are filled up to whole vectors
 
 int64_t padded(int64_t length) { return (length + vector_size - 1) / vector_size * vector_size; }
-
-template <class T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-void require(bool condition, const char* message) {
-    if (!condition) throw std::invalid_argument(message);
-}
-
-// Calls function(T{}) with the type that `dtype` names.
-template <class Function>
-void with_type(const std::string& dtype, const Function& function) {
-    if (dtype == "float32") {
-        function(float{});
-    } else if (dtype == "bfloat16") {
-        function(bfloat16{});
-    } else {
-        throw std::invalid_argument("dtype must be float32 or bfloat16, not " + dtype);
-    }
-}
 
 // Biased scores of a row to `buffer`; returns their maximum, in which NaN do not count.
 template <class T>
@@ -166,7 +147,6 @@ MULTIVERSIONED void dropout_rows(const ScoreRule& rule, const T* probabilities, 
 
 void softmax(const ScoreRule& rule, const std::string& dtype, std::uintptr_t scores, std::uintptr_t dropped,
              std::uintptr_t statistics, bool known, int threads) {
-    require(!dropped || rule.dropout.threshold, "nothing is dropped");
     const py::gil_scoped_release released;
     with_type(dtype, [&](auto type) {
         using T = decltype(type);

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron.core.extensions import amx_attention as amx
 from megatron.core.extensions import attention_kernels as kernels
 from megatron.core.extensions import tiled_attention
+from megatron.core.extensions.seeds import seed
 
 # Whether kernels that work tile by tile are used where they can be.
 USE_TILES = True
@@ -81,6 +82,29 @@ def separate(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[T
     return query, key, value
 
 
+def _check_projections(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Kernels read memory by these shapes and the dtype of the query."""
+    batch, _, heads, channels = query.shape
+    assert key.shape == value.shape == (batch, key.shape[1], heads, channels), (query.shape, key.shape, value.shape)
+    assert query.dtype == key.dtype == value.dtype, (query.dtype, key.dtype, value.dtype)
+    assert query.device == key.device == value.device, (query.device, key.device, value.device)
+
+
+def _expanded(tensor: Tensor, batch: int) -> Tensor:
+    return tensor if tensor.shape[0] == batch else tensor.expand(batch, *tensor.shape[1:])
+
+
+def _with_equal_batches(
+    query: Tensor, key: Tensor | None, value: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The projections, those of one row expanded to the batch of the others."""
+    sizes = [tensor.shape[0] for tensor in (query, key, value) if tensor is not None]
+    batch = next((size for size in sizes if size != 1), 1)
+    assert all(size in (1, batch) for size in sizes), sizes
+    key, value = (None if tensor is None else _expanded(tensor, batch) for tensor in (key, value))
+    return _expanded(query, batch), key, value
+
+
 def attention(
     query: Tensor,
     key: Tensor | None,
@@ -98,7 +122,8 @@ def attention(
 
     Args:
         query: `[b, q, n, d]`, fp32 or bf16, any strides; or of query, key and value, `[b, s, n, 3, d]`. What comes
-            as one tensor has one gradient, which nobody has to put together.
+            as one tensor has one gradient, which nobody has to put together. A batch of 1 beside a larger one is
+            expanded, here and below.
         key: `[b, k, n, d]`; of key and value, `[b, k, n, 2, d]`; None if `query` holds it.
         value: `[b, k, n, d]`; None if `query` or `key` holds it.
         diagonals: fp32 `[n, q + k - 1]`, added to the scores by ascending key - query, or None.
@@ -115,13 +140,15 @@ def attention(
     """
     assert value is None or key is not None
     assert supports(query.device, query.dtype), (query.device, query.dtype)
+    assert mask is None or not mask.requires_grad, "a mask gets no gradient"
+    query, key, value = _with_equal_batches(query, key, value)
+    _check_projections(*separate(query, key, value))
     context: Tensor
     if not keeps_probabilities(query.dtype, query.shape[-1], dropout):
         context = torch.ops.megatron_t5.tiled_attention(query, key, value, diagonals, mask, causal, scale)[0]
         return context
-    # Drawn from torch's generator, so that what restores its state for a recomputation gets the same dropout.
-    seed = torch.randint(2**62, (1,)) + stream if dropout > 0.0 else None
-    inputs = (query, key, value, diagonals, mask, seed, causal, scale, dropout, recompute)
+    drawn = seed(stream) if dropout > 0.0 else None
+    inputs = (query, key, value, diagonals, mask, drawn, causal, scale, dropout, recompute)
     context = torch.ops.megatron_t5.attention(*inputs)[0]
     return context
 
@@ -250,6 +277,7 @@ def _forward(
     recompute: bool,
 ) -> tuple[Tensor, ...]:
     query, key, value = separate(query, key, value)
+    _check_projections(query, key, value)
     batch, queries, heads, _ = query.shape
     context = query.new_empty(query.shape)
     shape = (batch, heads, queries, key.shape[1])
@@ -261,6 +289,19 @@ def _forward(
     rules.softmax_(scores, statistics, known=False, dropped=dropped)
     _from_heads(torch.bmm(scores if dropped is None else dropped, value), context)
     return context, query, key, value, scores.new_empty(0) if recompute else scores, statistics
+
+
+def _check_saved(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, probabilities: Tensor, statistics: Tensor
+) -> None:
+    """Kernels read memory by the shape and dtype of the gradient and the number of keys."""
+    (batch, queries, heads, channels), keys = gradient.shape, key.shape[1]
+    items = batch * heads
+    assert query.shape == (items, queries, channels) and statistics.shape == (items, queries, 2)
+    assert key.shape == value.shape == (items, keys, channels)
+    assert not probabilities.numel() or probabilities.shape == (items, queries, keys)
+    assert all(tensor.dtype == gradient.dtype for tensor in (query, key, value, probabilities))
+    assert statistics.dtype == torch.float32 and statistics.is_contiguous() and probabilities.is_contiguous()
 
 
 def _backward(
@@ -280,6 +321,7 @@ def _backward(
     diagonals_gradient: bool,
 ) -> tuple[Tensor, ...]:
     batch, queries, heads, _ = gradient.shape
+    _check_saved(gradient, query, key, value, probabilities, statistics)
     gradients = _empty_gradients(gradient, key.shape[1], fused)
     shape = (batch, heads, queries, key.shape[1])
     rules = _Scores.of(shape, gradient.dtype, diagonals, mask, seed, causal, scale, dropout)
@@ -372,6 +414,7 @@ def _tiled_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     query, key, value = (_adjacent_channels(tensor) for tensor in separate(query, key, value))
+    _check_projections(query, key, value)
     batch, queries, heads, channels = query.shape
     context = query.new_empty(query.shape)
     statistics = query.new_empty(batch * heads, queries, 2, dtype=torch.float32)
@@ -399,7 +442,11 @@ def _tiled_backward(
 ) -> tuple[Tensor, ...]:
     fused = _fused(key, value)
     query, key, value = (_adjacent_channels(tensor) for tensor in separate(query, key, value))
+    _check_projections(query, key, value)
     batch, queries, heads, channels = query.shape
+    assert gradient.shape == context.shape == query.shape and gradient.dtype == context.dtype == query.dtype
+    assert statistics.shape == (batch * heads, queries, 2) and statistics.dtype == torch.float32
+    assert statistics.is_contiguous()
     gradients = _empty_gradients(gradient, key.shape[1], fused)
     sums = statistics.new_empty((heads, queries + key.shape[1] - 1) if diagonals_gradient else 0)
     shape = (batch, heads, queries, key.shape[1])

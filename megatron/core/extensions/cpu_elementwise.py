@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 # The kernels resolve OpenMP's symbols in the runtime that torch has loaded by now: one pool of threads, not two.
 from megatron.core.extensions import elementwise_kernels as kernels
+from megatron.core.extensions.seeds import seed
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LIBRARY = torch.library.Library("megatron_t5", "FRAGMENT")
@@ -114,11 +115,6 @@ def gated_activation(x: Tensor, kind: str) -> Tensor:
 # Dropout
 
 
-def _seed() -> Tensor:
-    """A new seed, int64 `[]`, from torch's default generator for the CPU."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
-
-
 def _dropout(x: Tensor, seed: Tensor, p: float, residual: Tensor | None) -> Tensor:
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -167,14 +163,14 @@ def dropout(x: Tensor, p: float, stream: int = 0) -> Tensor:
         stream: Tells ranks apart that draw the same seed and are to drop different places.
     """
     assert supports(x) and 0.0 <= p < 1.0, (x.dtype, p)
-    return x if p == 0.0 else _Dropout.apply(x, _seed() + stream, p, None)
+    return x if p == 0.0 else _Dropout.apply(x, seed(stream), p, None)
 
 
 def dropout_add(residual: Tensor, x: Tensor, p: float) -> Tensor:
     """`residual + dropout(x, p)`, of equal shapes and dtypes."""
     assert supports(x) and 0.0 <= p < 1.0, (x.dtype, p)
     assert residual.shape == x.shape and residual.dtype == x.dtype, (residual.shape, x.shape)
-    return residual + x if p == 0.0 else _Dropout.apply(x, _seed(), p, residual)
+    return residual + x if p == 0.0 else _Dropout.apply(x, seed(), p, residual)
 
 
 # Normalisation
@@ -387,7 +383,7 @@ def add_rms_norm(
     _check_norm(residual, weight, dtype)
     assert branch.shape == residual.shape and branch.dtype == residual.dtype, (branch.shape, residual.shape)
     assert 0.0 <= p < 1.0, p
-    return _AddRMSNorm.apply(residual, branch, weight, epsilon, dtype, p, _seed() if p > 0.0 else None)
+    return _AddRMSNorm.apply(residual, branch, weight, epsilon, dtype, p, seed() if p > 0.0 else None)
 
 
 # Head and loss: without autograd

@@ -2,8 +2,9 @@
 
 The weight's gradient, `gradient^T x`, has a transposed left factor, at which oneDNN's bf16 products run at half their
 speed, and over thousands of rows they lose more. So the narrower of the two is transposed here, in pieces of at most
-`PIECE_ROWS` rows whose products are summed in fp32: more exact, and the fp32 gradient of a master weight needs no cast
-of its own.
+`PIECE_ROWS` rows whose products are summed in fp32, and the fp32 gradient of a master weight needs no cast of its own.
+Each product is rounded to bf16 before that sum: where signs are random this is as exact as one bf16 product, where
+pieces cancel it is less.
 
 Shapes: r rows, i input features, o output features.
 """

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "kernel_arguments.h"
 #include "parallel.h"
 #include "random_bits.h"
 #include "vector_math.h"
@@ -21,35 +22,17 @@ namespace py = pybind11;
 
 namespace {
 
+using megatron::at;
 using megatron::bfloat16;
 using megatron::exponential;
 using megatron::exponential_in_range;
 using megatron::load;
 using megatron::parallel_for;
 using megatron::random_bits;
+using megatron::require;
 using megatron::rounded_bits;
 using megatron::store;
-
-template <class T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-void require(bool condition, const char* message) {
-    if (!condition) throw std::invalid_argument(message);
-}
-
-// Calls function(T{}) with the type that `dtype` names.
-template <class Function>
-void with_type(const std::string& dtype, const Function& function) {
-    if (dtype == "float32") {
-        function(float{});
-    } else if (dtype == "bfloat16") {
-        function(bfloat16{});
-    } else {
-        throw std::invalid_argument("dtype must be float32 or bfloat16, not " + dtype);
-    }
-}
+using megatron::with_type;
 
 // ---- Head ----
 

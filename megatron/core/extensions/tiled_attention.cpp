@@ -16,10 +16,10 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
 #include "attention_rule.h"
+#include "kernel_arguments.h"
 #include "parallel.h"
 #include "vector_math.h"
 
@@ -27,6 +27,8 @@ namespace py = pybind11;
 
 namespace {
 
+using megatron::at;
+using megatron::require;
 using megatron::ScoreRule;
 using std::int64_t;
 
@@ -129,10 +131,6 @@ Items items_function(bool backward) {
     return backward ? plain::backward_items : plain::forward_items;
 }
 
-void require(bool condition, const char* message) {
-    if (!condition) throw std::invalid_argument(message);
-}
-
 using Addresses = std::vector<std::uintptr_t>;
 using Strides = std::vector<std::vector<int64_t>>;
 
@@ -142,7 +140,7 @@ std::vector<View> views(const Addresses& addresses, const Strides& strides, std:
     std::vector<View> result;
     for (std::size_t i = 0; i < count; ++i) {
         require(strides[i].size() == 4 && strides[i][3] == 1, "strides must be four, the last of them 1");
-        result.push_back({reinterpret_cast<float*>(addresses[i]), strides[i][0], strides[i][1], strides[i][2]});
+        result.push_back({at<float>(addresses[i]), strides[i][0], strides[i][1], strides[i][2]});
     }
     return result;
 }
@@ -166,8 +164,7 @@ void forward(const ScoreRule& rule, int64_t channels, const Addresses& addresses
              std::uintptr_t statistics, int threads) {
     check_channels(channels);
     const std::vector<View> v = views(addresses, strides, 4);
-    const Problem problem{rule, channels, v[0], v[1], v[2], v[3], reinterpret_cast<float*>(statistics), {}, {}, {}, {},
-                          nullptr};
+    const Problem problem{rule, channels, v[0], v[1], v[2], v[3], at<float>(statistics), {}, {}, {}, {}, nullptr};
     const py::gil_scoped_release released;
     run(problem, items_function(false), threads);
 }
@@ -179,10 +176,10 @@ void backward(const ScoreRule& rule, int64_t channels, const Addresses& addresse
     const std::vector<View> v = views(addresses, strides, 8);
     const py::gil_scoped_release released;
     std::vector<float> sums(diagonals ? rule.items() * rule.diagonals_length() : 0);  // [b n, q + k - 1]
-    const Problem problem{rule, channels, v[2], v[3], v[4], v[1], reinterpret_cast<float*>(statistics), v[0], v[5],
+    const Problem problem{rule, channels, v[2], v[3], v[4], v[1], at<float>(statistics), v[0], v[5],
                           v[6], v[7], diagonals ? sums.data() : nullptr};
     run(problem, items_function(true), threads);
-    if (diagonals) rule.sum_over_batch(sums.data(), reinterpret_cast<float*>(diagonals));
+    if (diagonals) rule.sum_over_batch(sums.data(), at<float>(diagonals));
 }
 
 }  // namespace

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.core.extensions.seeds import seed
+
 LIBRARY = torch.library.Library("megatron_t5", "FRAGMENT")
 LIBRARY.define("dropout_mask(Tensor x, Tensor seed, float p) -> Tensor")
 
@@ -17,8 +19,7 @@ def dropout_mask(x: Tensor, p: float, stream: int) -> Tensor:
 
     A function of `stream` and of a seed that is drawn from torch's default generator for the CPU.
     """
-    seed = torch.randint(2**62, (), device="cpu") + stream
-    mask: Tensor = torch.ops.megatron_t5.dropout_mask(x.detach(), seed, p)
+    mask: Tensor = torch.ops.megatron_t5.dropout_mask(x.detach(), seed(stream), p)
     return mask
 
 

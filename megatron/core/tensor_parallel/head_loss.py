@@ -66,7 +66,7 @@ def chunk_rows(num_tokens: int, table_rows: int, number_bytes: int, device_type:
     """
     most = max(1, CHUNK_BYTES.get(device_type, 64 << 20) // (table_rows * number_bytes))
     num_chunks = -(-num_tokens // most)
-    return -(-num_tokens // num_chunks)
+    return max(1, -(-num_tokens // max(1, num_chunks)))
 
 
 class _Pass:
@@ -113,7 +113,8 @@ class _Pass:
             self.hidden_gradient = self.hidden.new_empty(self.hidden.shape, dtype=_gradient_dtype(self.hidden))
         if of_table:
             self.table_gradient = self.table.new_empty(self.table.shape, dtype=self.dtype)
-            self.table_gradient[len(self.weight) :].zero_()
+            # Chunks write the rows that mean something; an empty microbatch has no chunk.
+            self.table_gradient[len(self.weight) if len(self.hidden) else 0 :].zero_()
         losses = self.hidden.new_empty(2, len(self.hidden), dtype=self.dtype)
         size = chunk_rows(len(self.hidden), len(self.table), self.hidden.element_size(), self.hidden.device.type)
         for start in range(0, len(self.hidden), size):

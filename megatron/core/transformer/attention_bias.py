@@ -111,5 +111,7 @@ class ScoreBias(NamedTuple):
             bias = values.unfold(-1, self.key_length, 1).flip(-2).to(dtype).unsqueeze(0)
         if self.mask is None:
             return bias
+        if bias is None:
+            return self.mask.to(dtype)
         # Not their sum, which could leave the range of fp16 where both hide a key.
-        return self.mask if bias is None else bias.masked_fill(self.mask != 0, masked_score(dtype))
+        return bias.masked_fill(self.mask != 0, masked_score(dtype))

@@ -5,12 +5,19 @@ Shapes: b batch, n heads, q queries, k keys, d channels of a head.
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from megatron.core.extensions import amx_attention, attention_kernels, cpu_attention, tiled_attention
 from megatron.core.extensions.cpu_attention import attention
+from megatron.core.extensions.seeds import seed
 from megatron.core.transformer.attention_bias import ScoreBias, masked_score
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -330,6 +337,119 @@ def test_empty_batch(dtype: torch.dtype) -> None:
     output = attention(*inputs, torch.zeros(2, 7), None, causal=False)
     assert output.shape == (0, 4, 2, 32)
     assert gradients(output, inputs)[0].shape == (0, 4, 2, 32)
+
+
+def test_projections_must_match(dtype: torch.dtype) -> None:
+    """Kernels read by address: what does not match the query would be read out of bounds."""
+    query, key, value = (torch.randn(2, 8, 3, 32).to(dtype) for _ in range(3))
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    for bad in (key.to(other), key[:, :, :2], key[..., :16], key[:, :7], key.expand(2, 8, 3, 32).repeat(2, 1, 1, 1)):
+        for projections in ((query, bad, value), (query, key, bad)):
+            with pytest.raises(AssertionError):
+                attention(*projections, None, None, causal=False)
+            with pytest.raises(AssertionError):
+                torch.ops.megatron_t5.tiled_attention(*projections, None, None, False, 1.0)
+            with pytest.raises(AssertionError):
+                torch.ops.megatron_t5.attention(*projections, None, None, None, False, 1.0, 0.0, False)
+    with pytest.raises(AssertionError):
+        attention(query, torch.stack((key, value), -2)[:, :, :2], None, None, None, causal=False)
+    mask = torch.zeros(1, 1, 1, 8, requires_grad=True)
+    with pytest.raises(AssertionError, match="no gradient"):
+        attention(query, key, value, None, mask, causal=False)
+
+
+def test_what_was_saved_must_match(dtype: torch.dtype) -> None:
+    """The operators of backward passes check what they are given, too."""
+    query, key, value = (torch.randn(2, 8, 3, 32).to(dtype) for _ in range(3))
+    options = (None, None, None, False, 1.0, 0.0)
+    context, *saved = torch.ops.megatron_t5.attention(query, key, value, *options, False)
+    for index in range(len(saved)):
+        for bad in (saved[index].double(), saved[index][:, :5]):
+            changed = [*saved[:index], bad, *saved[index + 1 :]]
+            with pytest.raises(AssertionError):
+                torch.ops.megatron_t5.attention_backward(context, *changed, *options, 1, False)
+    if cpu_attention.keeps_probabilities(dtype, 32, 0.0):
+        return
+    context, statistics = torch.ops.megatron_t5.tiled_attention(query, key, value, None, None, False, 1.0)
+    arguments = (context, context, statistics, query, key, value)
+    for index in range(len(arguments)):
+        for bad in (arguments[index].double(), arguments[index][:, :5]):
+            changed = [*arguments[:index], bad, *arguments[index + 1 :]]
+            with pytest.raises(AssertionError):
+                torch.ops.megatron_t5.tiled_attention_backward(*changed, None, None, False, 1.0, False)
+
+
+@pytest.mark.parametrize("single", ["query", "key and value", "value", "fused"])
+def test_a_batch_of_one_is_expanded(dtype: torch.dtype, single: str) -> None:
+    query, key, value = (torch.randn(3, 8, 2, 32).to(dtype) for _ in range(3))
+    fused = torch.stack((key, value), -2)
+    inputs = {
+        "query": [query[:1], key, value],
+        "key and value": [query, key[:1], value[:1]],
+        "value": [query, key, value[:1]],
+        "fused": [query, fused[:1]],
+    }[single]
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    whole = [tensor.detach().expand(3, *tensor.shape[1:]).contiguous().requires_grad_() for tensor in inputs]
+    results = []
+    for tensors in (inputs, whole):
+        output = attention(*tensors, *[None] * (3 - len(tensors)), None, None, causal=False)
+        results.append((output, gradients(output, tensors)))
+    assert torch.equal(results[0][0], results[1][0])
+    for actual, expanded, tensor in zip(results[0][1], results[1][1], inputs, strict=True):
+        assert actual.shape == tensor.shape
+        torch.testing.assert_close(actual, expanded.sum_to_size(tensor.shape))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_rate_that_rounds_to_nothing_drops_nothing(recompute: bool) -> None:
+    *inputs, diagonals = sample(torch.float32)
+    results = []
+    for dropout in (1e-6, 0.0):
+        output = attention(*inputs, diagonals, None, causal=True, dropout=dropout, recompute=recompute)
+        results.append((output, *gradients(output, [*inputs, diagonals])))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def attend_without_memory(dtype: torch.dtype, threads: int) -> None:
+    """Kernels whose workspaces do not fit into what memory is left; run in a process of its own."""
+    torch.set_num_threads(threads)
+    query = torch.zeros(1, 64, 4, 32, dtype=dtype)
+    key, value = (torch.zeros(1, 100_000, 4, 32, dtype=dtype) for _ in range(2))
+    few = query, key[:, :256], value[:, :256]
+    attention(*few, None, None, causal=False)  # starts the threads
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (2 << 20), limits[1]))
+    try:
+        with pytest.raises(MemoryError):
+            attention(query, key, value, None, None, causal=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert not attention(*few, None, None, causal=False).any()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and sizes of processes are Linux's")
+def test_too_little_memory_is_an_error_of_python() -> None:
+    """An exception that leaves a thread of OpenMP would end the process."""
+    dtypes = [torch.float32] + [torch.bfloat16] * amx_attention.available()
+    code = f"import torch\nfrom {__name__} import attend_without_memory as run\n"
+    code += "\n".join(f"run({dtype}, {threads})" for dtype in dtypes for threads in (1, 2))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+def test_seeds() -> None:
+    torch.manual_seed(3)
+    first, second = seed(), seed()
+    torch.manual_seed(3)
+    assert torch.equal(seed(5), first + 5) and not torch.equal(first, second)
+    with torch.device("meta"):
+        assert seed().device.type == "cpu"
+        torch.manual_seed(3)
+        assert torch.equal(seed(), first)
 
 
 def test_what_is_supported() -> None:

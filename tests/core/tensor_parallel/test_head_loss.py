@@ -164,6 +164,15 @@ def test_all_labels_ignored():
     assert all(term.eq(0).all() for term in (*loss, hidden.grad, table.grad))
 
 
+def test_an_empty_microbatch_has_no_loss_and_no_gradient():
+    hidden, table, labels = inputs(torch.float32)
+    empty = hidden.detach()[:0].requires_grad_()
+    loss = head_loss(empty, table, labels[:0], z_loss_weight=0.1)
+    loss.total.backward()
+    assert loss.cross_entropy.shape == labels[:0].shape and loss.total.item() == 0.0
+    assert empty.grad.shape == empty.shape and table.grad.eq(0).all()
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the most numbers of a tensor that an operation returns."""
 
@@ -203,3 +212,4 @@ def test_chunks_are_equal_and_bounded():
     rows = chunk_rows(912, 250112, 4, "cpu")
     assert rows * 250112 * 4 <= CHUNK_BYTES["cpu"] and -(-912 // rows) * rows - 912 < -(-912 // rows)
     assert chunk_rows(3, 1 << 40, 4, "cpu") == 1
+    assert chunk_rows(0, 32128, 4, "cpu") == 1

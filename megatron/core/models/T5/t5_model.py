@@ -158,6 +158,10 @@ class _Stack(nn.Module):
             return None
         return rotary_angles(self.config, length, device, dtype)
 
+    def mask_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """Of additive masks beside matrix products in `dtype`: the operator for CPUs casts others in every layer."""
+        return torch.float32 if choose_backend(self.attention_backend, device, dtype) == "cpu" else dtype
+
     def self_bias(
         self, length: int, mask: Tensor | None, *, causal: bool, dtype: torch.dtype, device: torch.device
     ) -> ScoreBias:
@@ -246,7 +250,7 @@ class T5Encoder(_Stack):
         mask, segment_ids = pad_masks(mask, segment_ids, length, padding, device)
         length += padding
         segments = effective_segments(mask, segment_ids)
-        hidden_keys = additive_mask(visible_keys(segments, segments, mask), dtype)
+        hidden_keys = additive_mask(visible_keys(segments, segments, mask), self.mask_dtype(dtype, device))
         bias = self.self_bias(length, hidden_keys, causal=False, dtype=dtype, device=device)
         return self.finish(self.run_layers(hidden, bias, self.rotary(length, device, dtype)))
 
@@ -300,9 +304,10 @@ class T5Decoder(_Stack):
         )
         segments = effective_segments(mask, segment_ids)
         encoder_segments = effective_segments(encoder_mask, encoder_segment_ids)
-        hidden_keys = additive_mask(visible_keys(segments, segments, mask), dtype)
+        mask_dtype = self.mask_dtype(dtype, device)
+        hidden_keys = additive_mask(visible_keys(segments, segments, mask), mask_dtype)
         self_bias = self.self_bias(length, hidden_keys, causal=True, dtype=dtype, device=device)
-        hidden_keys = additive_mask(visible_keys(segments, encoder_segments, encoder_mask), dtype)
+        hidden_keys = additive_mask(visible_keys(segments, encoder_segments, encoder_mask), mask_dtype)
         cross_bias = ScoreBias(length, encoder_output.shape[1], mask=hidden_keys)
         rotary = self.rotary(length, device, dtype)
         return self.finish(self.run_layers(hidden, encoder_output, self_bias, cross_bias, rotary))
