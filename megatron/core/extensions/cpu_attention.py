@@ -27,6 +27,7 @@ from megatron.core.extensions.seeds import seed
 
 # Whether kernels that work tile by tile are used where they can be.
 USE_TILES = True
+HAS_VECTORS = tiled_attention.available()
 # What oneDNN is told to leave unused is left unused here, too; the default is everything.
 HAS_AMX = amx.available() and re.search("AMX|DEFAULT", os.getenv("ONEDNN_MAX_CPU_ISA") or "DEFAULT", re.I) is not None
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -62,7 +63,7 @@ def _tile_kernels(dtype: torch.dtype, channels: int, dropout: float) -> ModuleTy
         return None
     if dtype == torch.bfloat16 and channels % 32 == 0 and channels <= 256 and HAS_AMX:
         return amx
-    if dtype == torch.float32 and channels % 16 == 0 and channels <= 256:
+    if dtype == torch.float32 and channels % 16 == 0 and channels <= 256 and HAS_VECTORS:
         return tiled_attention
     return None
 
@@ -492,9 +493,9 @@ def _keep_for_tiled_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 def _differentiate_tiled(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if gradient is None:
         return (None,) * 7
-    wanted = ctx.needs_input_grad[3]
-    result = torch.ops.megatron_t5.tiled_attention_backward(gradient, *ctx.saved_tensors, *ctx.options, wanted)
-    key, value = ctx.saved_tensors[3:5]
+    wanted, saved = ctx.needs_input_grad[3], ctx.saved_tensors  # which recomputation unpacks once
+    result = torch.ops.megatron_t5.tiled_attention_backward(gradient, *saved, *ctx.options, wanted)
+    key, value = saved[3:5]
     return *_of_inputs(result, _fused(key, value)), result[3] if wanted else None, *(None,) * 3
 
 

@@ -131,6 +131,9 @@ Items items_function(bool backward) {
     return backward ? plain::backward_items : plain::forward_items;
 }
 
+// Whether the vectors of this processor are used; without them torch's products are faster.
+bool available() { return items_function(false) != plain::forward_items; }
+
 using Addresses = std::vector<std::uintptr_t>;
 using Strides = std::vector<std::vector<int64_t>>;
 
@@ -187,6 +190,7 @@ void backward(const ScoreRule& rule, int64_t channels, const Addresses& addresse
 PYBIND11_MODULE(tiled_attention, module) {
     module.doc() = "Attention on CPUs, tile by tile; see tiled_attention.pyi.";
     py::module_::import("megatron.core.extensions.attention_kernels");  // registers ScoreRule
+    module.def("available", &available);
     module.def("forward", &forward, py::arg("rule"), py::arg("channels"), py::arg("addresses"), py::arg("strides"),
                py::arg("statistics"), py::arg("threads"));
     module.def("backward", &backward, py::arg("rule"), py::arg("channels"), py::arg("addresses"), py::arg("strides"),

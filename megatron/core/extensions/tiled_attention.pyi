@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from megatron.core.extensions.attention_kernels import ScoreRule
 
+def available() -> bool:
+    """Whether this build has code for the vectors of this processor; without it torch's products are faster."""
+
 def forward(
     rule: ScoreRule,
     channels: int,
