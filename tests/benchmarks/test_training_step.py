@@ -123,3 +123,10 @@ def test_both_sides_train_alike(tmp_path: Path) -> None:
     subprocess.run([*command, "--output", str(output)], check=True)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["contender"] for row in rows] == ["floor", "ours", "Hugging Face SDPA"] * 2
+
+
+def test_the_readmes_tables_are_those_of_the_results() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("train_step", "train_step_loop"):
+        lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert markdown([json.loads(line) for line in lines]) in page, f"{name}: README shows something else"
