@@ -1,14 +1,20 @@
 """Fixtures that several test folders share."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron.core.config import TokenizerConfig
 from megatron.core.datasets.preprocessing import PreprocessConfig, preprocess
 from tests.corpora import make_byte_dataset, write_prose
+
+# Without a GPU, kernels of Triton run in its interpreter; what is set when they are defined decides.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shell that runs the tests in the background, or nohup, has these ignored, which tests of signals would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)

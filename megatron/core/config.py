@@ -208,10 +208,36 @@ class ComputeConfig:
     fp16: bool = False
     """Compute in float16 with a dynamic loss scale, an fp32 residual stream, master weights and loss."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """Implementation of the layers."""
-    attention_backend: Literal["auto", "cpu", "sdpa", "unfused"] = "auto"
-    """cpu: the C++ operator for CPUs, with the position bias as a vector; sdpa: torch's scaled_dot_product_attention;
-    unfused: plain matrix products. auto: cpu where it computes (fp32 and bf16 on CPUs), else sdpa."""
+    """Linear layers and norms of the stacks: our own, or Transformer Engine's."""
+    attention_backend: Literal["auto", "cpu", "sdpa", "flex", "triton", "transformer_engine", "unfused"] = "auto"
+    """cpu, triton: our kernels for CPUs and for GPUs, with the position bias as a vector; flex: torch's flex_attention;
+    sdpa: torch's scaled_dot_product_attention; unfused: plain matrix products. auto: see docs/backends.md."""
+    norm_backend: Literal["auto", "cpu", "torch", "triton", "apex", "transformer_engine"] = "auto"
+    """Kernels of the norms. auto: cpu on CPUs; on GPUs triton where it is installed, but torch with --compile."""
+    activation_backend: Literal["auto", "cpu", "torch", "triton"] = "auto"
+    """Kernels of the gated activations; auto as for norms."""
+    cross_entropy_backend: Literal["auto", "cpu", "torch", "triton"] = "auto"
+    """Kernels of the loss; auto: cpu on CPUs, triton on GPUs where it is installed."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Compute the linear layers of the stacks in FP8 (with --bf16): E4M3 throughout, or E5M2 for gradients (hybrid). By
+    torchao, or by Transformer Engine where that is --transformer-impl."""
+    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = "tensorwise"
+    """Scaling of FP8 tensors: by the tensor's own largest number (tensorwise, the only one of torchao), by those of
+    earlier steps (delayed), or block by block."""
+    fp8_margin: int = 0
+    """delayed: powers of two by which the scale stays below the largest possible."""
+    fp8_amax_history_len: int = 1024
+    """delayed: steps whose largest numbers are remembered."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "max"
+    """delayed: which of the remembered numbers makes the scale."""
+    fp8_wgrad: bool = True
+    """Compute the gradients of weights in FP8, too."""
+    first_last_layers_bf16: bool = False
+    """Leave the first and the last layer of each stack out of FP8."""
+    cuda_graphs: bool = False
+    """Capture the passes of a microbatch as a CUDA graph and replay it, which spares the launch of each kernel."""
+    gradient_accumulation_fusion: bool = False
+    """Add weight gradients to the sum over microbatches within their product, by apex."""
     compile: bool = False
     """Compile each layer with torch.compile: slower to start, faster to run."""
     recompute_granularity: Literal["full", "selective"] | None = None
@@ -286,6 +312,8 @@ class OptimizerConfig:
 
     optimizer: Literal["adamw", "adamw-scale", "adafactor"] = "adamw-scale"
     """adamw-scale: AdamW, steps multiplied by each matrix's RMS, which T5 needs from scratch; adafactor: T5X's."""
+    optimizer_backend: Literal["torch", "apex"] = "torch"
+    """Fused kernels of adamw and adamw-scale."""
     lr: float = option()
     """Peak learning rate. Default: 2e-2 for adamw-scale, 1e-2 for adafactor, 1e-4 for adamw."""
     min_lr: float = 0.0

@@ -20,6 +20,7 @@ from megatron.core.distributed import (
     sum_replicated_gradients_,
 )
 from megatron.core.errors import UserError
+from megatron.core.extensions.attention import AttentionRequest, choose_attention
 from megatron.core.inference.loading import build_inference_model
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_pipeline import StagePlan, choose_plan
@@ -29,7 +30,6 @@ from megatron.core.models.T5.t5_units import Units
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import initialize_parameters, local_tensor, model_parameters
 from megatron.core.tensor_parallel import TensorParallel
-from megatron.core.transformer.attention import choose_backend
 from megatron.core.transformer.precision import compute_dtype
 from megatron.training.config import RunConfig
 
@@ -97,18 +97,24 @@ def build_stages(
 
 
 def check_attention(config: RunConfig, device: torch.device) -> None:
-    """Raise `UserError` for a backend that does not compute in this dtype here, or does not compile.
-
-    Masks that differ between ranks cannot be drawn inside of torch's attention when it is compiled.
-    """
-    parallel, dtype = config.parallel, compute_dtype(config.compute) or torch.float32
-    replicated = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
-    backend = choose_backend(config.compute.attention_backend, device, dtype)
-    if config.compute.compile and replicated and backend == "sdpa" and config.model.attention_dropout > 0:
-        raise UserError(
-            "--attention-dropout under tensor parallelism does not compile with --attention-backend sdpa; "
-            "add --sequence-parallel, use --attention-backend unfused, or remove --compile"
+    """Raise `UserError` for an attention backend that does not compute what the run needs, before there is a model."""
+    model, parallel, compute = config.model, config.parallel, config.compute
+    divided = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
+    has_segments = config.data.packing == "segments" or config.data.objective == "text-to-text"
+    for has_diagonals in {model.position_embedding_type == "relative", False}:  # cross-attention has none
+        request = AttentionRequest(
+            device,
+            compute_dtype(compute) or torch.float32,
+            model.kv_channels,
+            has_diagonals=has_diagonals,
+            has_segments=has_segments,
+            dropout=model.attention_dropout,
+            compiled=compute.compile,
+            divided=divided,
         )
+        backend = choose_attention(compute.attention_backend, request)
+        if reason := backend.refuses(request):
+            raise UserError(f"--attention-backend {backend.name}, which is all that is left here, {reason}")
 
 
 class DistributedModel:

@@ -23,6 +23,8 @@ from torch import Tensor
 from megatron.core.extensions import amx_attention as amx
 from megatron.core.extensions import attention_kernels as kernels
 from megatron.core.extensions import tiled_attention
+from megatron.core.extensions.attention import AttentionBackend, AttentionOptions, separate
+from megatron.core.extensions.score_bias import ScoreBias
 from megatron.core.extensions.seeds import seed
 
 # Whether kernels that work tile by tile are used where they can be.
@@ -71,16 +73,6 @@ def _tile_kernels(dtype: torch.dtype, channels: int, dropout: float) -> ModuleTy
 def keeps_probabilities(dtype: torch.dtype, channels: int, dropout: float) -> bool:
     """Whether `attention` keeps probabilities for the backward pass unless it is asked to recompute them."""
     return _tile_kernels(dtype, channels, dropout) is None
-
-
-def separate(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value `[b, s, n, d]` of the projections that `attention` takes."""
-    if key is None:
-        query, key, value = query.unbind(-2)
-    elif value is None:
-        key, value = key.unbind(-2)
-    assert value is not None
-    return query, key, value
 
 
 def _check_projections(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -505,4 +497,36 @@ torch.library.register_fake("megatron_t5::tiled_attention", _fake_tiled_forward,
 torch.library.register_fake("megatron_t5::tiled_attention_backward", _fake_tiled_backward, lib=LIBRARY)
 torch.library.register_autograd(
     "megatron_t5::tiled_attention", _differentiate_tiled, setup_context=_keep_for_tiled_backward, lib=LIBRARY
+)
+
+
+def _attend(
+    query: Tensor, key: Tensor | None, value: Tensor | None, bias: ScoreBias, options: AttentionOptions
+) -> Tensor:
+    bias = bias.with_mask(torch.float32)
+    diagonals = None if bias.diagonals is None else bias.diagonals.float()
+    return attention(
+        query, key, value, diagonals, bias.mask,
+        causal=bias.causal, scale=options.scale, dropout=options.dropout, recompute=options.recompute,
+        stream=options.stream,
+    )  # fmt: skip
+
+
+def _prepare(bias: ScoreBias, dtype: torch.dtype, device: torch.device) -> ScoreBias:
+    return bias.with_mask(torch.float32)
+
+
+BACKEND = AttentionBackend(
+    name="cpu",
+    attend=_attend,
+    devices=("cpu",),
+    dtypes=tuple(DTYPES),
+    bias="vector",
+    bias_gradient=True,
+    segments="matrix",
+    masks=True,
+    dropout=True,
+    deterministic=True,
+    compiles=True,
+    prepare=_prepare,
 )

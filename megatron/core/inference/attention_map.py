@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron.core.errors import UserError
+from megatron.core.extensions.score_bias import ScoreBias
 from megatron.core.inference.text_model import TextModel
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.tokenizers import Tokenizer
 from megatron.core.transformer.attention import CrossAttention
-from megatron.core.transformer.attention_bias import ScoreBias
 
 TEMPLATE = Path(__file__).with_name("attention_map.html")
 LEVELS = 2**16 - 1  # what a probability of 1 is stored as

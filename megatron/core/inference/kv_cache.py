@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron.core.errors import UserError
+from megatron.core.extensions.score_bias import ScoreBias, Segments, additive_mask, masked_score
 from megatron.core.models.T5.t5_model import T5Model
-from megatron.core.transformer.attention_bias import ScoreBias, additive_mask, masked_score, visible_keys
 from megatron.core.transformer.rotary import RotaryAngles
 from megatron.core.transformer.transformer_layer import DecoderLayer
 
@@ -77,7 +77,7 @@ class DecoderState:
             keys_values=torch.empty(len(layers), 2, *slots, dtype=dtype, device=device),
             cross_keys_values=[_cross_keys_values(layer, encoder_output) for layer in layers],
             cross_bias=ScoreBias(
-                beams, encoder_output.shape[1], mask=additive_mask(visible_keys(None, None, encoder_mask), dtype)
+                beams, encoder_output.shape[1], mask=additive_mask(Segments.of(None, None, encoder_mask), dtype)
             ),
             position_biases=_position_biases(model, max_length, beams, dtype),
             rotary=model.decoder.rotary(max_length, device, dtype),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron.core.parameters import Init, ParamSpec, local_tensor
 from megatron.core.tensor_parallel.handle import TensorParallel
+from megatron.core.tensor_parallel.weight_gradients import LinearFunction
 
 # A row-parallel product of fp16 is computed this much smaller: T5's feed-forward outputs exceed fp16's largest number.
 FP16_PRODUCT_SCALE = 2.0**-4
@@ -57,6 +58,8 @@ class Linear(nn.Module):
         self.tensor_parallel = tensor_parallel
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.parameter_specs = {"weight": ParamSpec(axes, init, matrices, block, valid_shape=valid_shape)}
+        # Replaces the product of the ranks where a backend has one for this layer (FP8, Transformer Engine).
+        self.product: LinearFunction | None = None
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features))
@@ -68,7 +71,12 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]` (this rank's share of them), in the dtype of `x`."""
         bias = None if self.bias is None else local_tensor(self.bias).to(x.dtype)
-        return self.tensor_parallel.linear(x, local_tensor(self.weight), bias)
+        return self.linear(x, local_tensor(self.weight), bias)
+
+    @property
+    def linear(self) -> LinearFunction:
+        """The product that computes this layer."""
+        return self.product or self.tensor_parallel.linear
 
 
 class ColumnParallelLinear(Linear):
@@ -121,17 +129,16 @@ class RowParallelLinear(Linear):
         weight = local_tensor(self.weight)
         bias = None if self.bias is None else local_tensor(self.bias).to(self.output_dtype or x.dtype)
         if self.tensor_parallel.size == 1 and self.output_dtype in (None, x.dtype):
-            return self.tensor_parallel.linear(x, weight, bias)
+            return self.linear(x, weight, bias)
         product = self.tensor_parallel.leave(self._product(x, weight))
         return product if bias is None else product + bias
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        linear = self.tensor_parallel.linear
         if self.output_dtype is None:
-            return linear(x, weight)
+            return self.linear(x, weight)
         if x.dtype != torch.float16:
-            return linear(x, weight).to(self.output_dtype)
-        return linear(x * FP16_PRODUCT_SCALE, weight).to(self.output_dtype) * (1.0 / FP16_PRODUCT_SCALE)
+            return self.linear(x, weight).to(self.output_dtype)
+        return self.linear(x * FP16_PRODUCT_SCALE, weight).to(self.output_dtype) * (1.0 / FP16_PRODUCT_SCALE)
 
 
 class Embedding(nn.Module):

@@ -10,84 +10,25 @@ and a split of dimension 0 gives each rank its heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, Literal, TypeAlias, cast
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from megatron.core.config import ComputeConfig, ModelConfig
-from megatron.core.errors import UserError
-from megatron.core.extensions import cpu_attention
+from megatron.core.extensions.attention import (
+    AttentionBackend,
+    AttentionOptions,
+    AttentionRequest,
+    attention_backend,
+    choose_attention,
+)
+from megatron.core.extensions.score_bias import ScoreBias
 from megatron.core.tensor_parallel import ColumnParallelLinear, Linear, RowParallelLinear, TensorParallel
-from megatron.core.transformer.attention_bias import ScoreBias
 from megatron.core.transformer.initialization import matrix_init, residual_output_init
 from megatron.core.transformer.precision import residual_dtype
 from megatron.core.transformer.rotary import RotaryAngles, apply_rotary
 
-# cuDNN's backward gives NaN gradients for unscaled scores with a bias at some lengths (pytorch issue 196678).
-CUDA_SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-Backend: TypeAlias = Literal["cpu", "sdpa", "unfused"]
-
 # Below, arranging all keys and values for the operator takes longer than attending to them: positions in generation.
 FEW_QUERIES = 16
-
-
-def choose_backend(given: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that `--attention-backend` means for activations of this device and dtype.
-
-    Raises:
-        UserError: `cpu` was given for something else than fp32 or bf16 on a CPU.
-    """
-    supported = cpu_attention.supports(device, dtype)
-    if given == "auto":
-        if supported:
-            return "cpu"
-        # On CPUs, torch's kernel gains less than its backward pass loses.
-        return "unfused" if device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
-    if given == "cpu" and not supported:
-        name = str(dtype).removeprefix("torch.")
-        raise UserError(f"--attention-backend cpu computes in fp32 and bf16 on CPUs, not {name} on {device}; use auto")
-    return cast(Backend, given)
-
-
-def unfused_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    dropout: float,
-    drop: Callable[[Tensor, float, bool], Tensor] = F.dropout,
-) -> Tensor:
-    """Attention as matrix products: `query` `[b, n, q, d]`, `key`, `value` `[b, n, k, d]` to `[b, n, q, d]`.
-
-    `drop` is the function for dropout, `torch.nn.functional.dropout` or that of divided heads.
-    torch's softmax accumulates in fp32 for bf16 scores, so no explicit cast is needed.
-    """
-    if scale != 1.0:
-        query = query * scale
-    scores = query @ key.transpose(-1, -2)  # [b, n, q, k]
-    if bias is not None:
-        scores += bias
-    probabilities = drop(scores.softmax(dim=-1), dropout, dropout > 0.0)
-    return probabilities @ value
-
-
-def sdpa_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout: float
-) -> Tensor:
-    """The same by torch's scaled_dot_product_attention."""
-    if query.is_cuda:
-        with sdpa_kernel(CUDA_SDPA_BACKENDS):
-            return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
-    return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
 
 
 class Attention(nn.Module):
@@ -126,43 +67,36 @@ class Attention(nn.Module):
 
         Of a fused projection, `query` is `[b, s, n, 3, d]` or `key` `[b, k, n, 2, d]` and what they hold is None.
         """
-        dropout = self.dropout if self.training else 0.0
-        backend = choose_backend(self.backend, query.device, query.dtype)
-        if self.backend == "auto" and query.shape[1] < FEW_QUERIES and not torch.is_grad_enabled():
-            backend = "sdpa"
-        if backend == "cpu":
-            context = self._attend_on_cpu(query, key, value, bias, dropout)
-        else:
-            context = self._attend(backend, *cpu_attention.separate(query, key, value), bias, dropout)
+        parallel = self.tensor_parallel
+        options = AttentionOptions(
+            scale=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+            recompute=self.recompute,
+            stream=parallel.dropout_stream,
+            drop=parallel.dropout,
+            draws=parallel.split_dropout,
+        )
+        context = self._backend(query, bias).attend(query, key, value, bias, options)
         return self.o(context.flatten(2))  # [b, q, n, d] -> [b, q, n d] -> [b, q', h]
 
-    def _attend_on_cpu(
-        self, query: Tensor, key: Tensor | None, value: Tensor | None, bias: ScoreBias, dropout: float
-    ) -> Tensor:
-        diagonals = None if bias.diagonals is None else bias.diagonals.float()
-        return cpu_attention.attention(
-            query, key, value, diagonals, bias.mask,
-            causal=bias.causal, scale=self.scale, dropout=dropout, recompute=self.recompute,
-            stream=self.tensor_parallel.dropout_stream,
-        )  # fmt: skip
-
-    def _attend(
-        self, backend: Backend, query: Tensor, key: Tensor, value: Tensor, bias: ScoreBias, dropout: float
-    ) -> Tensor:
-        matrix = bias.dense(query.dtype, query.device)
-        inputs = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), matrix, self.scale, dropout)
-        if backend == "unfused":
-            return self._run(unfused_attention, *inputs, self.tensor_parallel.dropout).transpose(1, 2)
-        with self.tensor_parallel.split_dropout() if dropout else nullcontext():  # torch draws the mask
-            return self._run(sdpa_attention, *inputs).transpose(1, 2)
-
-    def _run(self, attention: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """`attention(*inputs)`, computed again in the backward pass if asked for."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            return attention(*inputs)
-        has_dropout = self.training and self.dropout > 0.0
-        result: Tensor = checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=has_dropout)
-        return result
+    def _backend(self, query: Tensor, bias: ScoreBias) -> AttentionBackend:
+        """That for which the stack has prepared the bias, or for a bias of other origin the one that suits."""
+        if self.backend == "auto" and query.shape[1] < FEW_QUERIES and not torch.is_grad_enabled():
+            return attention_backend("sdpa")
+        if bias.backend is not None:
+            return attention_backend(bias.backend)
+        request = AttentionRequest(
+            query.device,
+            query.dtype,
+            self.head_dim,
+            has_diagonals=bias.diagonals is not None,
+            has_segments=bias.segments is not None,
+            has_mask=bias.mask is not None,
+            causal=bias.causal,
+            dropout=self.dropout if self.training else 0.0,
+            training=torch.is_grad_enabled(),
+        )
+        return choose_attention(self.backend, request)
 
 
 def _projection(

@@ -40,12 +40,24 @@ def relative_position_bucket(
     return offset + torch.where(distance < exact, distance, logarithmic.clamp(max=num_buckets - 1))
 
 
+def constant_beyond(bidirectional: bool, num_buckets: int, max_distance: int) -> int:
+    """Distance from which all keys of a side share a bucket, at most `max_distance`."""
+    distances = torch.arange(max_distance + 1, device="cpu")
+    buckets = relative_position_bucket(
+        -distances, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
+    )
+    return int((buckets < buckets[-1]).sum())
+
+
 class RelativePositionBias(nn.Module):
     """The bias table of one stack, its heads divided among the tensor-parallel ranks.
 
     Args:
         config: Heads, buckets and largest distance.
         bidirectional: True for the encoder; the decoder's tells keys before the query apart.
+
+    Attributes:
+        constant_beyond: Distance from which all keys of a side share a bucket.
     """
 
     def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
@@ -54,6 +66,7 @@ class RelativePositionBias(nn.Module):
         self.bidirectional = bidirectional
         self.num_buckets = buckets
         self.max_distance = config.relative_attention_max_distance
+        self.constant_beyond = constant_beyond(bidirectional, buckets, self.max_distance)
         self.weight = nn.Parameter(torch.empty(heads, buckets))
         if config.init_method_std is None:  # T5X: variance scaling, fan_avg, uniform
             init = Init("uniform", ((6.0 / (heads + buckets)) ** 0.5,))
@@ -64,7 +77,7 @@ class RelativePositionBias(nn.Module):
     def forward(self, query_length: int, key_length: int) -> Tensor:
         """Bias of each diagonal of the scores, `[n', q + k - 1]` by ascending key position - query position.
 
-        In the dtype of the table, for the n' heads of this rank (`attention_bias.ScoreBias`).
+        In the dtype of the table, for the n' heads of this rank (`extensions.score_bias.ScoreBias`).
         """
         return self._values(torch.arange(1 - query_length, key_length, device=self.weight.device))
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.extensions.score_bias import ScoreBias
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.attention import CrossAttention, DecoderSelfAttention, EncoderSelfAttention
-from megatron.core.transformer.attention_bias import ScoreBias
 from megatron.core.transformer.elementwise import add_dropout
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.norm import build_norm
@@ -31,9 +31,11 @@ class _Layer(nn.Module):
 
     def own_bias(self, bias: ScoreBias) -> ScoreBias:
         """The stack's `bias`, with the bias of this layer's own table if it has one."""
-        if self.relative_attention_bias is None:
+        own = self.relative_attention_bias
+        if own is None:
             return bias
-        return bias._replace(diagonals=self.relative_attention_bias(bias.query_length, bias.key_length))
+        diagonals = own(bias.query_length, bias.key_length)
+        return bias._replace(diagonals=diagonals, constant_beyond=own.constant_beyond)
 
 
 class EncoderLayer(_Layer):

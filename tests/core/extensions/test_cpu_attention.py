@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron.core.extensions import amx_attention, attention_kernels, cpu_attention, tiled_attention
 from megatron.core.extensions.cpu_attention import attention
+from megatron.core.extensions.score_bias import ScoreBias, masked_score
 from megatron.core.extensions.seeds import seed
-from megatron.core.transformer.attention_bias import ScoreBias, masked_score
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 

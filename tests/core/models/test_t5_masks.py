@@ -5,9 +5,9 @@ import torch
 
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.extensions import cpu_attention
+from megatron.core.extensions.score_bias import ScoreBias
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.parameters import initialize_parameters
-from megatron.core.transformer.attention_bias import ScoreBias
 
 
 def packed_inputs(length):

@@ -9,9 +9,10 @@ import torch
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.errors import UserError
 from megatron.core.extensions import cpu_attention, cpu_elementwise
+from megatron.core.extensions.attention import separate
+from megatron.core.extensions.score_bias import ScoreBias
 from megatron.core.models.T5.t5_model import T5Model, recomputation_groups
 from megatron.core.parameters import initialize_parameters
-from megatron.core.transformer.attention_bias import ScoreBias
 from megatron.core.transformer.transformer_layer import DecoderLayer, EncoderLayer
 from tests.programs import load_program
 
@@ -265,7 +266,7 @@ def record_operators(monkeypatch, calls):
         return branch.shape, p
 
     def of_attention(query, key, value, *_, dropout, **__):
-        query, key, _ = cpu_attention.separate(query, key, value)
+        query, key, _ = separate(query, key, value)
         return (query.shape[0], query.shape[2], query.shape[1], key.shape[1]), dropout
 
     def record(module, name, dropped):

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
+from megatron.core.extensions.score_bias import ScoreBias
 from megatron.core.inference.generation import generate
 from megatron.core.inference.generation_config import GenerationConfig
 from megatron.core.models.T5.special_ids import SpecialIds
@@ -18,7 +19,6 @@ from megatron.core.models.T5.t5_units import Units
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import initialize_parameters
 from megatron.core.tensor_parallel import IGNORED_LABEL, TensorParallel
-from megatron.core.transformer.attention_bias import ScoreBias
 from megatron.core.transformer.elementwise import add_dropout, dropout
 from tests.distributed import run_distributed
 

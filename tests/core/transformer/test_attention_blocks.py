@@ -8,16 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.extensions.score_bias import MASKED_SCORE, ScoreBias, Segments, additive_mask, masked_score
+from megatron.core.extensions.sdpa_attention import sdpa_attention
+from megatron.core.extensions.unfused_attention import unfused_attention
 from megatron.core.parameters import initialize_parameters
 from megatron.core.tensor_parallel import TensorParallel
-from megatron.core.transformer.attention import sdpa_attention, unfused_attention
-from megatron.core.transformer.attention_bias import (
-    MASKED_SCORE,
-    ScoreBias,
-    additive_mask,
-    masked_score,
-    visible_keys,
-)
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.norm import LayerNorm, RMSNorm
 from megatron.core.transformer.rotary import apply_rotary, rotary_angles
@@ -55,7 +50,7 @@ def test_rows_without_visible_keys_stay_finite(attention, dtype):
     query, key, value, bias = (x.detach().to(dtype).requires_grad_() for x in attention_inputs(0, 2, 2, 5, 5, 4, 1))
     queries = torch.tensor([[1, 1, 2, 0, 0], [3, 0, 0, 0, 0]])
     keys = torch.tensor([[1, 1, 2, 3, 3], [1, 1, 2, 2, 2]])  # the zeros and the 3 of the second row see nothing
-    mask = additive_mask(visible_keys(queries, keys), dtype)
+    mask = additive_mask(Segments.of(queries, keys), dtype)
     output = attention(query, key, value, (bias + mask).clamp(min=masked_score(dtype)), 1.0, 0.0)
     seeing = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
     (output * seeing[:, None, :, None]).sum().backward()
@@ -87,14 +82,14 @@ def test_fp16_feed_forward_beyond_the_range_of_fp16():
 def test_masked_keys_have_no_weight():
     query, key, value, bias = attention_inputs(1, 1, 2, 3, 6, 4, 1)
     mask = torch.tensor([[True, True, False, True, False, False]])
-    masked = bias + additive_mask(visible_keys(None, None, mask), bias.dtype)
+    masked = bias + additive_mask(Segments.of(None, None, mask), bias.dtype)
     output = unfused_attention(query, key, value, masked, 1, 0.0)
     short = (x[:, :, mask[0]] for x in (key, value))
     torch.testing.assert_close(output, unfused_attention(query, *short, bias[..., mask[0]], 1.0, 0.0))
 
 
 def test_masks_keep_size_one_dimensions():
-    mask = additive_mask(visible_keys(None, None, torch.tensor([[True, False]])), torch.float32)
+    mask = additive_mask(Segments.of(None, None, torch.tensor([[True, False]])), torch.float32)
     assert mask.tolist() == [[[[0.0, MASKED_SCORE]]]]
     assert additive_mask(None, torch.float32) is None
     cpu = torch.device("cpu")
@@ -108,9 +103,9 @@ def test_masks_keep_size_one_dimensions():
 def test_a_matrix_of_the_bias_has_the_diagonals_and_hides_what_either_mask_hides(dtype, causal):
     q, k = 3, 5
     diagonals = torch.arange(2 * (q + k - 1), dtype=torch.float32).view(2, -1)
-    visible = torch.tensor([[True, True, True, False, False]])[:, None, None]
+    segments = Segments.of(None, None, torch.tensor([[True, True, True, False, False]]))
     cpu = torch.device("cpu")
-    matrix = ScoreBias(q, k, diagonals, additive_mask(visible, dtype), causal).as_matrix(dtype, cpu)
+    matrix = ScoreBias(q, k, diagonals, additive_mask(segments, dtype), causal).as_matrix(dtype, cpu)
     assert (matrix.query_length, matrix.key_length, matrix.diagonals, matrix.causal) == (q, k, None, False)
     for head, query, key in itertools.product(range(2), range(q), range(k)):
         found = matrix.mask[0, head, query, key].item()
@@ -122,7 +117,7 @@ def test_a_matrix_of_the_bias_has_the_diagonals_and_hides_what_either_mask_hides
 
 def test_segments_on_one_side_only_are_refused():
     with pytest.raises(ValueError, match="for the encoder and the decoder, or for neither"):
-        visible_keys(torch.ones(1, 2), None)
+        Segments.of(torch.ones(1, 2), None)
 
 
 def test_rotary_scores_depend_on_the_difference_of_positions_only():

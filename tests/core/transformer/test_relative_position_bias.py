@@ -5,9 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.core.config import ModelConfig
+from megatron.core.extensions.score_bias import MASKED_SCORE, ScoreBias
 from megatron.core.parameters import initialize_parameters
-from megatron.core.transformer.attention_bias import MASKED_SCORE, ScoreBias
-from megatron.core.transformer.relative_position_bias import RelativePositionBias, relative_position_bucket
+from megatron.core.transformer.relative_position_bias import (
+    RelativePositionBias,
+    constant_beyond,
+    relative_position_bucket,
+)
 
 # Smallest distance of each bucket from which the buckets widen, as T5 and T5X have them for (32, 128).
 BIDIRECTIONAL = {0: 0, 1: 17, 2: 18, 7: 23, 8: 24, 12: 25, 16: 26, 23: 27, 32: 28, 46: 29, 64: 30, 91: 31}
@@ -114,3 +118,18 @@ def test_bf16_bias_sums_its_gradient_in_the_tables_dtype():
     module = make_bias(bidirectional=True).float()
     dense(module, 512, torch.bfloat16).sum().backward()
     assert module.weight.grad.sum().item() == 2 * 512 * 512  # a bf16 sum would stall at 256
+
+
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 20), (32, 17), (5, 64)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_diagonals_are_constant_from_the_distance_that_is_said(bidirectional, buckets, max_distance):
+    distances = torch.arange(-2 * max_distance, 2 * max_distance + 1)
+    found = relative_position_bucket(
+        distances, bidirectional=bidirectional, num_buckets=buckets, max_distance=max_distance
+    )
+    first = constant_beyond(bidirectional, buckets, max_distance)
+    for side in (-1, 1):
+        far = found[side * distances >= first]
+        assert far.eq(far[0]).all()
+    before = found[distances == 1 - first]
+    assert first <= max_distance and before != found[0]

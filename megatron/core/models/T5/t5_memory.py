@@ -106,7 +106,8 @@ class T5Memory:
     @property
     def has_bias_matrices(self) -> bool:
         """Whether a position bias is a matrix for each head, and kept as one."""
-        if self.has_attention_operator or self.config.position_embedding_type != "relative":
+        takes_vectors = self.device_type == "cuda" and self.compute.attention_backend in ("auto", "triton", "flex")
+        if self.has_attention_operator or takes_vectors or self.config.position_embedding_type != "relative":
             return False
         return self.fused_attention or self.compute.recompute_granularity is not None
 

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.errors import UserError
+from megatron.core.extensions.attention import AttentionRequest, choose_attention
+from megatron.core.extensions.score_bias import ScoreBias, Segments
 from megatron.core.models.T5.t5_units import Units
 from megatron.core.parameters import local_tensor
 from megatron.core.tensor_parallel import (
@@ -32,14 +34,7 @@ from megatron.core.tensor_parallel import (
     join_logits,
     vocab_parallel_logits,
 )
-from megatron.core.transformer.attention import choose_backend
-from megatron.core.transformer.attention_bias import (
-    ScoreBias,
-    additive_mask,
-    effective_segments,
-    pad_masks,
-    visible_keys,
-)
+from megatron.core.transformer.attention_bias import effective_segments, pad_masks
 from megatron.core.transformer.elementwise import dropout
 from megatron.core.transformer.initialization import matrix_init
 from megatron.core.transformer.norm import build_norm
@@ -139,6 +134,7 @@ class _Stack(nn.Module):
         self.tensor_parallel = tensor_parallel
         self.compute_dtype = compute_dtype(compute)
         self.attention_backend = compute.attention_backend
+        self.compiled = compute.compile
         self.groups = recomputation_groups(compute, len(layers))
         self.dropout = config.hidden_dropout
         self.has_dropout = config.hidden_dropout > 0 or config.attention_dropout > 0
@@ -158,22 +154,41 @@ class _Stack(nn.Module):
             return None
         return rotary_angles(self.config, length, device, dtype)
 
-    def mask_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """Of additive masks beside matrix products in `dtype`: the operator for CPUs casts others in every layer."""
-        return torch.float32 if choose_backend(self.attention_backend, device, dtype) == "cpu" else dtype
+    def prepared(self, bias: ScoreBias, dtype: torch.dtype, device: torch.device, *, has_diagonals: bool) -> ScoreBias:
+        """The bias as the attention backend takes it that computes with it, made once for all layers.
+
+        Args:
+            bias: Of self- or of cross-attention.
+            dtype: Of matrix products.
+            device: Of activations.
+            has_diagonals: Whether a position bias is part of it, or comes with the layers.
+        """
+        config, parallel = self.config, self.tensor_parallel
+        request = AttentionRequest(
+            device,
+            dtype,
+            config.kv_channels,
+            has_diagonals=has_diagonals,
+            has_segments=bias.segments is not None,
+            causal=bias.causal,
+            dropout=config.attention_dropout if self.training else 0.0,
+            training=torch.is_grad_enabled(),
+            compiled=self.compiled,
+            divided=parallel.size > 1 and not parallel.sequence_parallel,
+        )
+        backend = choose_attention(self.attention_backend, request)
+        return backend.prepare(bias._replace(backend=backend.name), dtype, device)
 
     def self_bias(
-        self, length: int, mask: Tensor | None, *, causal: bool, dtype: torch.dtype, device: torch.device
+        self, length: int, segments: Segments | None, *, causal: bool, dtype: torch.dtype, device: torch.device
     ) -> ScoreBias:
-        """What self-attention of `length` positions adds to its scores, made once for all layers.
-
-        `mask` is additive, `[b or 1, 1, length or 1, length]`; `dtype` is that of matrix products.
-        """
-        diagonals = None if self.relative_attention_bias is None else self.relative_attention_bias(length, length)
-        bias = ScoreBias(length, length, diagonals, mask, causal)
-        if choose_backend(self.attention_backend, device, dtype) == "cpu":
-            return bias
-        return bias.as_matrix(dtype, device)  # rather than a matrix in each layer
+        """What self-attention of `length` positions adds to its scores; `dtype` is that of matrix products."""
+        bias = ScoreBias(length, length, causal=causal, segments=segments)
+        own = self.relative_attention_bias
+        if own is not None:
+            bias = bias._replace(diagonals=own(length, length), constant_beyond=own.constant_beyond)
+        has_diagonals = self.config.position_embedding_type == "relative"
+        return self.prepared(bias, dtype, device, has_diagonals=has_diagonals)
 
     def run_layers(self, hidden: Tensor, *arguments: Any) -> Tensor:
         """All layers in turn, recomputing groups of them in the backward pass if asked for; `[b, s', h]` each way."""
@@ -249,9 +264,8 @@ class T5Encoder(_Stack):
         dtype, device, padding = self.compute_dtype or hidden.dtype, hidden.device, self.padding(length)
         mask, segment_ids = pad_masks(mask, segment_ids, length, padding, device)
         length += padding
-        segments = effective_segments(mask, segment_ids)
-        hidden_keys = additive_mask(visible_keys(segments, segments, mask), self.mask_dtype(dtype, device))
-        bias = self.self_bias(length, hidden_keys, causal=False, dtype=dtype, device=device)
+        ids = effective_segments(mask, segment_ids)
+        bias = self.self_bias(length, Segments.of(ids, ids, mask), causal=False, dtype=dtype, device=device)
         return self.finish(self.run_layers(hidden, bias, self.rotary(length, device, dtype)))
 
 
@@ -302,13 +316,12 @@ class T5Decoder(_Stack):
         encoder_mask, encoder_segment_ids = pad_masks(
             encoder_mask, encoder_segment_ids, encoder_length, self.padding(encoder_length), device
         )
-        segments = effective_segments(mask, segment_ids)
-        encoder_segments = effective_segments(encoder_mask, encoder_segment_ids)
-        mask_dtype = self.mask_dtype(dtype, device)
-        hidden_keys = additive_mask(visible_keys(segments, segments, mask), mask_dtype)
-        self_bias = self.self_bias(length, hidden_keys, causal=True, dtype=dtype, device=device)
-        hidden_keys = additive_mask(visible_keys(segments, encoder_segments, encoder_mask), mask_dtype)
-        cross_bias = ScoreBias(length, encoder_output.shape[1], mask=hidden_keys)
+        ids = effective_segments(mask, segment_ids)
+        encoder_ids = effective_segments(encoder_mask, encoder_segment_ids)
+        self_bias = self.self_bias(length, Segments.of(ids, ids, mask), causal=True, dtype=dtype, device=device)
+        segments = Segments.of(ids, encoder_ids, encoder_mask)
+        cross_bias = ScoreBias(length, encoder_output.shape[1], segments=segments)
+        cross_bias = self.prepared(cross_bias, dtype, device, has_diagonals=False)
         rotary = self.rotary(length, device, dtype)
         return self.finish(self.run_layers(hidden, encoder_output, self_bias, cross_bias, rotary))
 
