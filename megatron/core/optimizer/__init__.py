@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from megatron.core.config import OptimizerConfig
+from megatron.core.errors import UserError
 from megatron.core.optimizer.adafactor import Adafactor
 from megatron.core.optimizer.adamw import AdamW
 from megatron.core.optimizer.adamw_scale import AdamWScale
@@ -36,4 +37,9 @@ def build_optimizer(
 
     `synchronize` is needed when other pipeline ranks hold copies of shared parameters (see `Synchronize`).
     """
+    if config.optimizer == "adafactor" and config.optimizer_backend != "torch":
+        raise UserError(
+            f"--optimizer-backend {config.optimizer_backend} has no adafactor; use --optimizer-backend torch, or "
+            "--optimizer adamw or adamw-scale"
+        )
     return OPTIMIZERS[config.optimizer](config, parameters, context, synchronize)
