@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.distributed import all_reduce
@@ -26,14 +27,39 @@ def sum_replicated_gradients_(parameters: Sequence[ModelParameter], context: Par
     all_reduce_gradients_(replicated, context.tp_group)
 
 
-@torch.no_grad()
+class GradientNorm(NamedTuple):
+    """Of the gradients of a step.
+
+    Attributes:
+        total: Euclidean norm of the gradients of the whole model: 0-dimensional float64, the same bits on every rank.
+        squares: Sums of squares of this rank's parts of gradients, loss scale included, float64 `[g]`; not finite
+            where the gradient is not.
+        indices: Which parameters those are, g of them.
+    """
+
+    total: torch.Tensor
+    squares: torch.Tensor
+    indices: list[int]
+
+
 def global_grad_norm(
     parameters: Sequence[ModelParameter],
     context: ParallelContext,
     loss_scale: float = 1.0,
     loss_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Euclidean norm of the gradients of the whole model: 0-dimensional float64, the same bits on every rank.
+    """`total` of `measure_gradients`."""
+    return measure_gradients(parameters, context, loss_scale, loss_sums).total
+
+
+@torch.no_grad()
+def measure_gradients(
+    parameters: Sequence[ModelParameter],
+    context: ParallelContext,
+    loss_scale: float = 1.0,
+    loss_sums: torch.Tensor | None = None,
+) -> GradientNorm:
+    """Norms of the gradients, without waiting for a GPU.
 
     One all-reduce over all ranks; a shard counts where it lies, replicas and copies of shared parameters count once.
     Parameters without a gradient count as zero. A gradient that is not finite, on any rank and even where it does not
@@ -45,27 +71,37 @@ def global_grad_norm(
         loss_scale: Factor by which the gradients are too large; the norm is that of the gradients without it.
         loss_sums: The step's losses on this rank, of any shape.
     """
-    counted: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
-    for p in parameters:
+    counted: list[int] = []
+    others: list[int] = []
+    for index, p in enumerate(parameters):
         if p.parameter.grad is not None:
             counts = counted_here(p.parameter, context) and not p.is_copy
-            (counted if counts else others).append(local_tensor(p.parameter.grad))
-    total = _sum_of_squares(counted, context.device)
+            (counted if counts else others).append(index)
+    indices = counted + others if context.world_size > 1 else counted
+    squares = _sums_of_squares([local_tensor(parameters[i].parameter.grad) for i in indices], context.device)
+    total = _sum(squares[: len(counted)])
     if loss_sums is not None:
         total += 0.0 * loss_sums.sum()  # zero, or nan when it is not finite
     if context.world_size > 1:
-        total += 0.0 * _sum_of_squares(others, context.device)
+        total += 0.0 * _sum(squares[len(counted) :])
         all_reduce(total)
-    return total.sqrt() / loss_scale
+    return GradientNorm(total.sqrt() / loss_scale, squares, indices)
 
 
-def _sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+def _sums_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Of each tensor: float64 `[g]`."""
     if not tensors:
-        return torch.zeros((), dtype=torch.float64, device=device)
+        return torch.zeros(0, dtype=torch.float64, device=device)
     if all(map(cpu_elementwise.supports, tensors)):
-        return torch.tensor(math.fsum(map(cpu_elementwise.sum_of_squares, tensors)), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+        return torch.tensor(list(map(cpu_elementwise.sum_of_squares, tensors)), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(tensors)).double().square()
+
+
+def _sum(squares: torch.Tensor) -> torch.Tensor:
+    """0-dimensional float64 of `[g]`; on CPUs rounded once."""
+    if squares.is_cpu:
+        return torch.tensor(math.fsum(squares.tolist()), dtype=torch.float64)
+    return squares.sum()
 
 
 @torch.no_grad()

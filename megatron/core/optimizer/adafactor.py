@@ -40,8 +40,7 @@ class Adafactor(Optimizer):
         super().__init__(parameters, context, synchronize)
         self.decay_rate = config.adafactor_decay_rate
         self.matrices = LogicalMatrices(self)
-        # On the CPU: the decay is computed from it on the host.
-        self.step_count = torch.zeros((), dtype=torch.float32)
+        self.step_count = torch.zeros((), dtype=torch.float32, device=context.device)
         self.row_moment: dict[int, torch.Tensor] = {}  # [rows], divided as the parameter's rows are
         self.column_moment: dict[int, torch.Tensor] = {}  # [m, c], replicated
         self.full_moment: dict[int, torch.Tensor] = {}  # like the parameter
@@ -61,36 +60,44 @@ class Adafactor(Optimizer):
                 self.full_moment[index] = torch.zeros_like(parameter).detach()
 
     @torch.no_grad()
-    def step(self, lr: float, divisor: torch.Tensor | None = None) -> None:
+    def step(self, lr: float, divisor: torch.Tensor | None = None, skip: torch.Tensor | None = None) -> None:
         """Update the parameters in place; the gradients become the unscaled updates."""
-        self.step_count += 1
-        beta2 = 1.0 - self.step_count.item() ** -self.decay_rate
+        self.count_step(skip)
         parameters, gradients = self.local_parameters(), self.local_gradients()
         if divisor is not None:
             torch._foreach_div_(gradients, divisor.to(gradients[0].dtype))
         views, updates = self.matrices.views(parameters), self.matrices.views(gradients)
-        rms = self._update_moments(beta2, views, gradients)
+        rms = self._update_moments(views, gradients, skip)
         for index in self.full:
             gradients[index].mul_(local_tensor(self.full_moment[index]).rsqrt())
         for index in self.factored:
             self._divide_by_factors(index, gradients[index])
+        if skip is not None:
+            for gradient in gradients:
+                gradient.masked_fill_(skip, 0.0)
         update_rms = self.matrices.rms(self.matrices.sums_of_squares(updates))
         scales = rms.clamp_(min=EPS_PARAMETER) / (update_rms / CLIP_THRESHOLD).clamp_(min=1.0)
         scale_rows = self.matrices.per_granule(scales, parameters[0].dtype)
         torch._foreach_addcmul_(views, updates, scale_rows, value=-lr)
 
-    def _update_moments(self, beta2: float, views: list[torch.Tensor], gradients: list[torch.Tensor]) -> torch.Tensor:
+    def _update_moments(
+        self, views: list[torch.Tensor], gradients: list[torch.Tensor], skip: torch.Tensor | None
+    ) -> torch.Tensor:
         """Bring the second moments up to date and return the parameters' RMS: float64 `[n]`."""
+        weight = self._weight_of_squares()
+
+        def blend(moment: torch.Tensor, squares: torch.Tensor) -> None:
+            moment.lerp_(squares if skip is None else torch.where(skip, moment, squares), weight)
+
         for index in self.full:
-            moment = local_tensor(self.full_moment[index])
-            moment.lerp_(gradients[index].square().add_(EPS_GRADIENT), 1.0 - beta2)
+            blend(local_tensor(self.full_moment[index]), gradients[index].square().add_(EPS_GRADIENT))
         columns: dict[int, torch.Tensor] = {}
         rows: dict[int, torch.Tensor] = {}
         for index in self.factored:
             squares = gradients[index].square().add_(EPS_GRADIENT)  # [rows', c']
             columns[index] = self._column_sums(index, squares)
             if squares.shape[1] == self.shapes[index][1]:
-                local_tensor(self.row_moment[index]).lerp_(squares.mean(1), 1.0 - beta2)
+                blend(local_tensor(self.row_moment[index]), squares.mean(1))
             else:
                 rows[index] = self._row_sums(index, squares)
         own = self.matrices.local_sums_of_squares(views)  # [n]
@@ -101,12 +108,20 @@ class Adafactor(Optimizer):
         totals = self.sum_over_ranks(sums, indices, sizes)[own.numel() :].split(sizes[len(self.parameters) :])
         for index, total in zip(columns, totals[: len(columns)], strict=True):
             moment = self.column_moment[index]
-            moment.lerp_(total.view_as(moment).div(self.matrices.rows[index]).to(moment.dtype), 1.0 - beta2)
+            blend(moment, total.view_as(moment).div(self.matrices.rows[index]).to(moment.dtype))
         for index, total in zip(rows, totals[len(columns) :], strict=True):
             moment = local_tensor(self.row_moment[index])
             mean = total.narrow(0, *self.matrices.slices[index][0]) / self.shapes[index][1]
-            moment.lerp_(mean.to(moment.dtype), 1.0 - beta2)
+            blend(moment, mean.to(moment.dtype))
         return self.matrices.rms(sums[: own.numel()])
+
+    def _weight_of_squares(self) -> float | torch.Tensor:
+        """`step**-decay_rate`, the weight of this step's squares in the second moments; on a GPU it stays there."""
+        step = self.step_count.double().clamp(min=1.0)  # 0 where the first step is skipped
+        if step.is_cpu:
+            beta2 = 1.0 - step.item() ** -self.decay_rate
+            return 1.0 - beta2
+        return step.pow(-self.decay_rate).float()
 
     def _column_sums(self, index: int, squares: torch.Tensor) -> torch.Tensor:
         """This rank's share of the sums over the rows of each logical matrix: `[rows', c']` to float64 `[m, c]`."""

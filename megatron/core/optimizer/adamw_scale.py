@@ -45,21 +45,23 @@ class AdamWScale(AdamW):
         self.buffer = self.local_exp_avg[0].new_empty(max(sizes, default=0))
 
     @torch.no_grad()
-    def step(self, lr: float, divisor: torch.Tensor | None = None) -> None:
+    def step(self, lr: float, divisor: torch.Tensor | None = None, skip: torch.Tensor | None = None) -> None:
         """Update the parameters in place."""
-        self.step_count += 1
+        self.count_step(skip)
         parameters, gradients = self.local_parameters(), self.local_gradients()
         views = self.matrices.views(parameters)
         sums = self.matrices.sums_of_squares(views)
         scales = self.matrices.per_granule(self.matrices.rms(sums).clamp_(min=MIN_RMS), parameters[0].dtype)
         if self.config.weight_decay:
             decayed = [parameters[i] for i in self.held if self.specs[i].weight_decay]
-            torch._foreach_mul_(decayed, 1.0 - lr * self.config.weight_decay)
+            factor = 1.0 - lr * self.config.weight_decay
+            torch._foreach_mul_(decayed, factor if skip is None else torch.where(skip, 1.0, factor))
         for bucket in self.buckets:
-            # A step of rate 1 from zero leaves minus the update in the buffer.
+            # A step of rate 1 from zero leaves minus the update in the buffer; a skipped one leaves the zero, whose
+            # sign is such that adding it changes no bit.
             sizes = [parameters[i].numel() for i in bucket]
-            buffer = self.buffer[: sum(sizes)].zero_()
+            buffer = self.buffer[: sum(sizes)].fill_(0.0 if skip is None else -0.0)
             updates = [u.view_as(views[i]) for i, u in zip(bucket, buffer.split(sizes), strict=True)]
             shaped = [u.view_as(parameters[i]) for i, u in zip(bucket, updates, strict=True)]
-            self._fused(bucket, shaped, gradients, divisor, lr=1.0, decay=0.0)
+            self._fused(bucket, shaped, gradients, divisor, lr=1.0, decay=0.0, skip=skip)
             torch._foreach_addcmul_([views[i] for i in bucket], updates, [scales[i] for i in bucket], value=lr)

@@ -66,13 +66,22 @@ class Optimizer(ABC):
         self.contributes = [("dp" in a or counts_dp) and ("tp" in a or counts_tp) for a in axes]
 
     @abstractmethod
-    def step(self, lr: float, divisor: torch.Tensor | None = None) -> None:
+    def step(self, lr: float, divisor: torch.Tensor | None = None, skip: torch.Tensor | None = None) -> None:
         """Update the parameters in place; the gradients may be overwritten.
 
         Args:
             lr: Learning rate.
             divisor: Of all gradients, 0-dimensional: loss scale and clipping, without a pass of their own over them.
+            skip: 0-dimensional bool on the device, the same on all ranks: change nothing, neither parameters nor state
+                nor the count of steps, whatever the gradients are. The host need not know. None: do not skip.
         """
+
+    def count_step(self, skip: torch.Tensor | None) -> None:
+        """Count an update, unless it is skipped."""
+        if skip is None:
+            self.step_count += 1
+        else:
+            self.step_count += skip.logical_not()
 
     @abstractmethod
     def parameter_state(self, index: int) -> dict[str, torch.Tensor]:
