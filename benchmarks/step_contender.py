@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -43,7 +44,7 @@ class Case:
     Attributes:
         preset: Model.
         precision: `fp32` or `bf16`: products in bf16 with fp32 weights.
-        rows: Rows of the batch.
+        rows: Rows of a microbatch.
         encoder_length: Tokens of an encoder row.
         decoder_length: Tokens of a decoder row.
         threads: Threads of torch on a CPU.
@@ -55,6 +56,9 @@ class Case:
         clips: Of ours: the gradients are clipped by their norm, as the trainer does.
         keeps_freed_memory: Whether the C library keeps what is freed, as it does for the trainer on CPUs.
         same_weights: Whether theirs has to have the weights of ours.
+        microbatches: Of a step, whose gradients are summed.
+        model_flags: Further flags of the trainer about the model, for all contenders.
+        our_flags: Further flags of the trainer that only ours has.
     """
 
     preset: str
@@ -71,6 +75,9 @@ class Case:
     clips: bool = False
     keeps_freed_memory: bool = True
     same_weights: bool = True
+    microbatches: int = 1
+    model_flags: Sequence[str] = ()
+    our_flags: Sequence[str] = ()
 
     def to_json(self) -> str:
         """The argument of the process."""
@@ -79,17 +86,26 @@ class Case:
     @property
     def tokens(self) -> int:
         """Encoder and decoder tokens of a step."""
-        return self.rows * (self.encoder_length + self.decoder_length)
+        return self.step_rows * (self.encoder_length + self.decoder_length)
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step."""
+        return self.rows * self.microbatches
 
     def flags(self) -> list[str]:
         """Flags of the trainer for the same steps."""
         flags = ["--preset", self.preset, "--micro-batch-size", str(self.rows), "--lr", str(LEARNING_RATE)]
+        flags += ["--global-batch-size", str(self.step_rows)] if self.microbatches > 1 else []
         flags += ["--seed", str(SEED), "--lr-decay-style", "constant", "--optimizer", "adamw", "--z-loss-weight", "0"]
         flags += ["--hidden-dropout", "0", "--attention-dropout", "0"]
         flags += ["--encoder-seq-length", str(self.encoder_length)]
         flags += ["--bf16"] if self.precision == "bf16" else []
         flags += ["--compile"] if self.compiled else []
-        return flags + (["--recompute-granularity", self.recompute] if self.recompute and self.code == "ours" else [])
+        flags += self.model_flags
+        if self.code != "ours":
+            return flags
+        return flags + (["--recompute-granularity", self.recompute] if self.recompute else []) + [*self.our_flags]
 
 
 class Contender(Protocol):
@@ -111,7 +127,7 @@ class Ours:
 
         config = run_config(case)
         self.context = ParallelContext(choose_device())
-        self.model = DistributedModel(config, self.context, None, num_microbatches=1)
+        self.model = DistributedModel(config, self.context, None, case.microbatches)
         self.optimizer = build_optimizer(config.optimizer, self.model.parameters, self.context)
         self.clips, self.max_norm = case.clips, config.optimizer.clip_grad
         self.batch = TensorBatch(**batch(case)).to(self.context.device)
@@ -146,10 +162,11 @@ class Theirs:
 
         self.case, self.device = case, choose_device()
         config = run_config(case)
-        self.model = huggingface_model(case.preset.rsplit("-", 1)[0], config.model, case.attention).train()
+        with self.device:
+            self.model = huggingface_model(case.preset.rsplit("-", 1)[0], config.model, case.attention).train()
         if case.same_weights:
-            give_our_weights(self.model, config.model)
-        self.model.to(self.device, torch.bfloat16 if case.pure else torch.float32)
+            give_our_weights(self.model, config.model, self.device)
+        self.model.to(torch.bfloat16 if case.pure else torch.float32)
         self.model.config.use_cache = False
         if case.recompute == "full":
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -162,23 +179,28 @@ class Theirs:
             self.model.parameters(), LEARNING_RATE, betas, optimizer.adam_eps, optimizer.weight_decay, fused=True
         )
         tensors = {name: ids.to(self.device) for name, ids in batch(case).items()}
-        self.inputs = {
+        inputs = {
             "input_ids": tensors["encoder_input_ids"],
             "decoder_input_ids": tensors["decoder_input_ids"],
             "labels": tensors["labels"].long(),
         }
+        parts = {name: ids.chunk(case.microbatches) for name, ids in inputs.items()}
+        self.microbatches = [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]
 
     def step(self) -> Any:
         """Forward and backward pass and update."""
         import torch
 
         casts = self.case.precision == "bf16" and not self.case.pure
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=casts):
-            loss = self.model(**self.inputs).loss
-        loss.backward()
+        losses = []
+        for inputs in self.microbatches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=casts):
+                loss = self.model(**inputs).loss / self.case.microbatches  # all have equally many targets
+            loss.backward()
+            losses.append(loss.detach())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return sum(losses)
 
 
 def floor(case: Case) -> Contender:
@@ -190,8 +212,8 @@ def floor(case: Case) -> Contender:
     from megatron.training.initialize import choose_device
 
     model = run_config(case).model
-    products = step_products(model, case.rows, case.encoder_length, case.decoder_length)
-    flops = case.rows * training_flops_per_sequence(model, case.encoder_length, case.decoder_length)
+    products = step_products(model, case.rows, case.encoder_length, case.decoder_length) * case.microbatches
+    flops = case.step_rows * training_flops_per_sequence(model, case.encoder_length, case.decoder_length)
     assert sum(product.flops for product in products) == flops, "the floor's products are not the step's"
     return Floor(products, torch.bfloat16 if case.precision == "bf16" else torch.float32, choose_device())
 
@@ -203,8 +225,8 @@ def run_config(case: Case) -> Any:
     return parse_args(case.flags()).config
 
 
-def give_our_weights(theirs: Any, config: Any) -> None:
-    """The initial weights of this project's model, in theirs."""
+def give_our_weights(theirs: Any, config: Any, device: Any) -> None:
+    """The initial weights of this project's model, in theirs, both on `device`."""
     import torch
 
     from megatron.core.models.T5.t5_model import T5Model
@@ -213,7 +235,7 @@ def give_our_weights(theirs: Any, config: Any) -> None:
 
     with torch.device("meta"):
         model = T5Model(config)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     initialize_parameters(model, SEED)
     copy_weights(model, theirs)
 
@@ -223,8 +245,9 @@ def batch(case: Case) -> dict[str, Any]:
     import torch
 
     generator = torch.Generator().manual_seed(SEED)
+    words = min(WORDS, run_config(case).model.vocab_size)
     encoder, labels = (
-        torch.randint(FIRST_WORD, WORDS, (case.rows, length), generator=generator, dtype=torch.int32)
+        torch.randint(FIRST_WORD, words, (case.step_rows, length), generator=generator, dtype=torch.int32)
         for length in (case.encoder_length, case.decoder_length)
     )
     decoder = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1]], dim=1)
@@ -241,16 +264,22 @@ def resident_bytes(field: str) -> int:
 
 
 def run_steps(contender: Contender, count: int) -> dict[str, Any]:
-    """Seconds of a step, page faults of a step, and the losses before each."""
+    """Seconds of a step (on a GPU by its own clock), page faults of a step, and the losses before each."""
     import torch
 
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
+    has_gpu = torch.cuda.is_available()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * has_gpu)]
+    if has_gpu:
+        torch.cuda.synchronize()
+        events[0].record()
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     began = time.perf_counter()
     losses = [contender.step() for _ in range(count)]
-    synchronize()
     seconds = (time.perf_counter() - began) / count
+    if has_gpu:
+        events[1].record()
+        events[1].synchronize()
+        seconds = events[0].elapsed_time(events[1]) / 1e3 / count
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     values = [None if loss is None else float(loss) for loss in losses]
     return {"seconds": seconds, "page_faults": faults // count, "losses": values}
@@ -282,7 +311,7 @@ def describe(case: Case) -> dict[str, Any]:
     everything = Units.of(config.model).all
     return {
         "parameters": parameters,
-        "flops": case.rows * training_flops_per_sequence(config.model, *lengths),
+        "flops": case.step_rows * training_flops_per_sequence(config.model, *lengths),
         "planned_bytes": memory.stage_bytes(everything) + memory.workspace_bytes(everything),
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "torch": torch.__version__.split("+")[0],
