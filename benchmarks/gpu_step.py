@@ -106,18 +106,18 @@ class Size:
     microbatches: int
 
 
-# Activations of 512/114 in bf16 without recomputation, by `t5_memory`: base 16.6 GiB for 64 rows, large 23.2 GiB for 32,
-# xl 15.7 GiB for 8 and 26.1 for 16 (beside 42.5 GiB of weights, gradients and moments).
+# Activations of 512/114 in bf16 without recomputation, by `t5_memory`: base 16.6 GiB for 64 rows, large 23.2 for 32, xl
+# 15.7 for 8 and 26.1 for 16 (beside 42.5 GiB of weights, gradients and moments).
 SIZES = {"t5-v1_1-base": Size(64, 128, 2), "t5-v1_1-large": Size(32, 64, 2), "t5-v1_1-xl": Size(8, 16, 8)}
 LARGE_GPU_GIB = 120
 # What this project wants: model FLOPs utilisation of its best, how much faster than the best of Hugging Face, and FP8
 # than bf16.
 MFU_AIMS = {"t5-v1_1-base": 0.40, "t5-v1_1-large": 0.50, "t5-v1_1-xl": 0.55}
 RATIO_AIM, FP8_AIM, FP8_PRESET = 1.5, 1.25, "t5-v1_1-xl"
-TINY = (
-    "--encoder-num-layers 1 --decoder-num-layers 1 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 "
-    "--ffn-hidden-size 32 --vocab-size 128"
-).split()
+TINY = [
+    "--encoder-num-layers", "1", "--decoder-num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2",
+    "--kv-channels", "16", "--ffn-hidden-size", "32", "--vocab-size", "128",
+]  # fmt: skip
 
 
 class Budget:
@@ -189,7 +189,7 @@ class Preset:
         self.reference = self.reference or losses
         found = differences(losses, self.reference)
         tflops, peak = self.described["flops"] / median_s / 1e12, peak_tflops(self.described["gpu"])
-        measured = {
+        return {
             "step_ms": round(1e3 * median_s, 3),
             "step_ms_range": [round(1e3 * end(seconds), 3) for end in (min, max)],
             "floor_ms": round(1e3 * statistics.median(floor_s), 3),
@@ -207,7 +207,6 @@ class Preset:
             "parameters": self.described["parameters"],
             "teraflop_of_a_step": round(self.described["flops"] / 1e12, 3),
         }
-        return measured
 
 
 def _reason(message: str) -> str:
@@ -236,9 +235,7 @@ def base_case(preset: str, options: argparse.Namespace) -> Case:
     size = SIZES.get(preset, Size(8, 8, 1))
     rows = size.rows_140 if memory_gib() > LARGE_GPU_GIB else size.rows_80
     if options.tiny:
-        return Case(
-            preset, options.precision, 2, 16, 8, options.threads, "ours", microbatches=2, model_flags=TINY
-        )  # fmt: skip
+        return Case(preset, options.precision, 2, 16, 8, options.threads, "ours", microbatches=2, model_flags=TINY)
     return Case(
         preset, options.precision, options.rows or rows, *options.lengths, threads=options.threads, code="ours",
         microbatches=options.microbatches or size.microbatches, recompute=options.recompute,
@@ -299,9 +296,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def against_aims(preset: str, rows: list[dict[str, Any]]) -> str:
     """Our best of a model beside what is wanted of it; empty when there is nothing to say."""
-    good = [
-        row for row in rows if row["preset"] == preset and row.get("losses_agree") and not row["trains_differently"]
-    ]
+    alike = [row for row in rows if row["preset"] == preset and not row["trains_differently"]]
+    good = [row for row in alike if row.get("losses_agree")]
 
     def fastest(code: str, fp8: bool) -> dict[str, Any] | None:
         of_code = [row for row in good if row["code"] == code and row["fp8"] == fp8]
