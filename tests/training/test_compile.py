@@ -143,5 +143,5 @@ def test_the_second_run_finds_compiled_code(tmp_path: Path, world_size: int, fla
 def test_masks_inside_of_torchs_attention_are_refused() -> None:
     flags = "--tensor-model-parallel-size 2 --attention-dropout 0.1 --attention-backend sdpa --compile"
     config = parse_args([*MODEL, *SHALLOW, *shlex.split(flags)]).config
-    with pytest.raises(UserError, match="add --sequence-parallel, use --attention-backend unfused"):
+    with pytest.raises(UserError, match="only beside --sequence-parallel; use"):
         model_setup.check_attention(config, torch.device("cpu"))

@@ -5,10 +5,13 @@ Shapes: b batch, n heads, q query length, k key length.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron.core.extensions.attention import AttentionBackend
 
 # T5X's value.
 MASKED_SCORE = -1e10
@@ -86,7 +89,7 @@ class ScoreBias(NamedTuple):
         segments: Hide the keys of other segments; None: hide none.
         constant_beyond: Diagonals of all distances that reach it are equal, on either side; None where that is not
             known.
-        backend: Name of the attention backend for which this was prepared; None: any can take it.
+        backend: The `AttentionBackend` for which this was prepared; None: any can take it.
         prepared: What that backend has made of it, once for all layers.
     """
 
@@ -97,7 +100,7 @@ class ScoreBias(NamedTuple):
     causal: bool = False
     segments: Segments | None = None
     constant_beyond: int | None = None
-    backend: str | None = None
+    backend: AttentionBackend | None = None
     prepared: Any = None
 
     @property

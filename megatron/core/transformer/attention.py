@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.extensions import sdpa_attention
 from megatron.core.extensions.attention import (
     AttentionBackend,
     AttentionOptions,
     AttentionRequest,
-    attention_backend,
     choose_attention,
 )
 from megatron.core.extensions.score_bias import ScoreBias
@@ -82,9 +82,9 @@ class Attention(nn.Module):
     def _backend(self, query: Tensor, bias: ScoreBias) -> AttentionBackend:
         """That for which the stack has prepared the bias, or for a bias of other origin the one that suits."""
         if self.backend == "auto" and query.shape[1] < FEW_QUERIES and not torch.is_grad_enabled():
-            return attention_backend("sdpa")
+            return sdpa_attention.BACKEND
         if bias.backend is not None:
-            return attention_backend(bias.backend)
+            return bias.backend
         request = AttentionRequest(
             query.device,
             query.dtype,

@@ -177,7 +177,7 @@ class _Stack(nn.Module):
             divided=parallel.size > 1 and not parallel.sequence_parallel,
         )
         backend = choose_attention(self.attention_backend, request)
-        return backend.prepare(bias._replace(backend=backend.name), dtype, device)
+        return backend.prepare(bias._replace(backend=backend), dtype, device)
 
     def self_bias(
         self, length: int, segments: Segments | None, *, causal: bool, dtype: torch.dtype, device: torch.device
