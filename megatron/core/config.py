@@ -263,9 +263,9 @@ class ComputeConfig:
                     "--transformer-impl transformer_engine needs the package transformer-engine, which is not "
                     "installed; install it or use --transformer-impl local"
                 )
-            raise UserError(
-                "--transformer-impl transformer_engine is not available in this version; use --transformer-impl local"
-            )
+            if self.norm_backend == "auto":
+                self.norm_backend = "transformer_engine"
+        require_positive(self, "fp8_amax_history_len")
 
 
 @dataclass(kw_only=True)

@@ -32,6 +32,7 @@ from megatron.core.parameters import initialize_parameters, local_tensor, model_
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.precision import compute_dtype
 from megatron.training.config import RunConfig
+from megatron.training.linear_products import cached_products, check_products, has_products, install_products
 
 if TYPE_CHECKING:
     from megatron.core.pipeline_parallel.runtime import Pipeline
@@ -55,6 +56,7 @@ def plan_stages(
         lambda: choose_plan(
             config.model, config.parallel, encoder_length, decoder_length, num_microbatches,
             recompute_granularity=config.compute.recompute_granularity, compiled=config.compute.compile,
+            own_products=has_products(config.compute),
         )
     )  # fmt: skip
 
@@ -139,8 +141,10 @@ class DistributedModel:
     ) -> None:
         self.context = context
         self.plan = plan
+        check_products(config, context.device)
         self.tensor_parallel = TensorParallel.of(context, config.parallel)
         self.stages, self.data_parallel = build_stages(config, context, plan, self.tensor_parallel)
+        install_products(self.stages, config, context)
         for stage in self.stages:
             stage.to_empty(device=context.device)
             initialize_parameters(stage, config.training.seed)
@@ -155,6 +159,10 @@ class DistributedModel:
 
             self.pipeline = Pipeline(self.stages, plan, context, num_microbatches)
         self.num_microbatches = num_microbatches
+        # Weights that FSDP2 releases after each use would have whole copies in FP8.
+        released = context.dp_size > 1 and sharding_strategy(config) == "optim_grads_params"
+        keeps = num_microbatches > 1 and not released and not config.compute.cuda_graphs
+        self.fp8_weights = cached_products(self.stages) if keeps else []
         head = Units.of(config.model).head
         self.has_loss = any(head in stage.units for stage in self.stages)
         self.counts_loss = self.has_loss and context.tp_rank == 0
@@ -190,6 +198,8 @@ class DistributedModel:
             Sums of cross-entropy and z-loss, float64 `[2]`; zeros where there is no loss. None when it was given up,
             with whatever gradients there are by then.
         """
+        for product in self.fp8_weights:
+            product.begin_step()
         if self.pipeline is not None:
             return self.pipeline.forward_backward(batch.inputs(), factor)
         totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)

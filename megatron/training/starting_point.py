@@ -430,7 +430,10 @@ def check_compatible(start: StartingPoint, config: RunConfig, description: dict[
     saved["training"]["global_batch_size"] = start.manifest["global_batch_size"]  # a flag, or what it defaulted to
     groups = ("model", "compute", "optimizer", "training")
     differing = [text for group in groups for text in _differences(saved[group], current[group])]
-    return [f"not as in the run that saved it: {', '.join(differing)}"] if differing else []
+    lines = [f"not as in the run that saved it: {', '.join(differing)}"] if differing else []
+    if config.compute.fp8_format is not None and config.compute.fp8_recipe == "delayed":
+        lines.append("--fp8-recipe delayed starts with empty histories, of which checkpoints hold nothing")
+    return lines
 
 
 def sample_fields(config: DataConfig) -> tuple[str, ...]:

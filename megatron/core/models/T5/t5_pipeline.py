@@ -244,6 +244,7 @@ def choose_plan(
     *,
     recompute_granularity: str | None = None,
     compiled: bool = False,
+    own_products: bool = False,
     costs: list[int] | None = None,
 ) -> StagePlan:
     """Schedule, stages on each rank and cuts with the least simulated step time, where flags leave them open.
@@ -258,6 +259,7 @@ def choose_plan(
         num_microbatches: Microbatches a step.
         recompute_granularity: What is computed again in the backward pass, as in `ComputeConfig`.
         compiled: Whether stages are compiled.
+        own_products: Whether linear layers have products that leave no weight gradients to put off.
         costs: Cost of each unit's forward pass in any unit, in place of `unit_costs`, `[U]`.
 
     Raises:
@@ -276,7 +278,7 @@ def choose_plan(
         if (
             parallel.pipeline_schedule == "auto"
             and SCHEDULES[name].splits_backward
-            and recompute_granularity is not None
+            and (recompute_granularity is not None or own_products)
         ):
             # What is put off keeps the inputs and gradients of all products, the memory that recomputation is to save.
             continue

@@ -1,0 +1,79 @@
+"""Other products for the linear layers of the blocks: Transformer Engine's, and FP8.
+
+Embeddings, the head and attention scores never take part in FP8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron.core.config import ComputeConfig
+from megatron.core.errors import UserError
+from megatron.core.extensions import transformer_engine
+from megatron.core.extensions.fp8 import check_fp8
+from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.models.T5.t5_pipeline import SCHEDULES
+from megatron.core.parallel_state import ParallelContext
+from megatron.core.tensor_parallel import Linear
+from megatron.training.config import RunConfig
+
+
+def check_products(config: RunConfig, device: torch.device) -> None:
+    """Raise `UserError` for layers or FP8 that this run cannot have, before there is a model."""
+    transformer_engine.check(config.compute, config.parallel, device)
+    check_fp8(config.compute, config.model, config.parallel.tensor_model_parallel_size, device)
+    schedule = config.parallel.pipeline_schedule
+    if has_products(config.compute) and schedule != "auto" and SCHEDULES[schedule].splits_backward:
+        raise UserError(
+            f"--pipeline-schedule {schedule} puts weight gradients off, which --fp8-format cannot do; use interleaved "
+            "or auto, or remove --fp8-format"
+        )
+
+
+def has_products(compute: ComputeConfig) -> bool:
+    """Whether linear layers get a product of their own, which computes weight gradients at once."""
+    return compute.transformer_impl == "transformer_engine" or compute.fp8_format is not None
+
+
+def install_products(stages: Sequence[T5Model], config: RunConfig, context: ParallelContext) -> None:
+    """Give the linear layers of the stages their products."""
+    compute = config.compute
+    if not has_products(compute):
+        return
+    if compute.transformer_impl == "local":
+        from megatron.core.extensions import torchao_fp8  # needs its package
+
+        for layer, in_fp8 in _linear_layers(stages, config):
+            if in_fp8:
+                layer.product = torchao_fp8.product(compute)
+        return
+    recipe = None
+    if compute.fp8_format is not None:
+        recipe = transformer_engine.Recipe(compute, context.dp_tp_group)
+    for layer, in_fp8 in _linear_layers(stages, config):
+        layer.product = transformer_engine.LinearProduct(recipe, in_fp8)
+    if recipe is not None and recipe.remembers:
+        for stage in stages:
+            transformer_engine.PassRegion(recipe).attach(stage)
+
+
+def cached_products(stages: Sequence[T5Model]) -> list[transformer_engine.LinearProduct]:
+    """Those that can keep FP8 weights from one microbatch of a step to the next."""
+    products = (layer.product for stage in stages for layer in stage.modules() if isinstance(layer, Linear))
+    return [each for each in products if isinstance(each, transformer_engine.LinearProduct) and each.fp8]
+
+
+def _linear_layers(stages: Sequence[T5Model], config: RunConfig) -> Iterator[tuple[Linear, bool]]:
+    """The linear layers of the blocks, and whether they are computed in FP8."""
+    model, compute = config.model, config.compute
+    for stage in stages:
+        stacks = ((stage.encoder, model.encoder_num_layers), (stage.decoder, model.decoder_num_layers))
+        for stack, num_layers in stacks:
+            for number, block in stack.layers.items():
+                at_an_end = int(number) in (0, num_layers - 1)
+                in_fp8 = compute.fp8_format is not None and not (compute.first_last_layers_bf16 and at_an_end)
+                for module in block.modules():
+                    if isinstance(module, Linear):
+                        yield module, in_fp8
