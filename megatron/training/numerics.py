@@ -58,7 +58,18 @@ def describe_nonfinite(parameters: Sequence[ModelParameter], loss_sums: Tensor, 
         for p in parameters
         if p.parameter.grad is not None and not bool(local_tensor(p.parameter.grad).isfinite().all())
     ]
-    found = _from_all_ranks((not bool(loss_sums.isfinite().all()), tensors[:1], len(tensors)), context)
+    return describe_faults(bool(loss_sums.isfinite().all()), tensors, context)
+
+
+def describe_faults(loss_is_finite: bool, tensors: Sequence[str], context: ParallelContext) -> str:
+    """`describe_nonfinite` of what is known already.
+
+    Args:
+        loss_is_finite: Of this rank.
+        tensors: Parameters whose gradients on this rank are not finite.
+        context: The layout.
+    """
+    found = _from_all_ranks((not loss_is_finite, list(tensors[:1]), len(tensors)), context)
     faults = []
     if ranks := [rank for rank, (bad_loss, _, _) in enumerate(found) if bad_loss]:
         faults.append(f"loss ({_ranks(ranks)})")

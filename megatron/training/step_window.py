@@ -33,7 +33,7 @@ class StepWindow:
     def __init__(self, device: torch.device, counts: bool) -> None:
         self.device = device
         self.counts = counts  # whether this rank's losses and targets go into the sums over all ranks
-        self.grad_norm = 0.0
+        self.grad_norm = torch.zeros((), dtype=torch.float64)  # 0-dimensional, on any device
         self.learning_rate = 0.0
         self.restart()
 
@@ -96,7 +96,7 @@ class StepWindow:
         values = {
             "lm_loss": cross_entropy / targets,
             "z_loss": z_loss / targets,
-            "grad_norm": self.grad_norm,
+            "grad_norm": self.grad_norm.item(),
             "learning_rate": self.learning_rate,
             "step_time_ms": elapsed_ms / len(by_step),
             "data_wait_ms": self.data_wait_s * 1e3 / len(by_step),

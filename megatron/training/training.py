@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megatron.core.datasets.loader import Dataset, T5Loader, TensorBatch
 from megatron.core.datasets.prefetch import Prefetcher
 from megatron.core.datasets.sample_ranges import SampleRanges
 from megatron.core.dist_checkpointing import CheckpointError, CheckpointSaver, checkpoint_path
-from megatron.core.distributed import global_grad_norm, gradient_divisor
+from megatron.core.distributed import gradient_divisor, measure_gradients
 from megatron.core.errors import NumericalError, RunError, SaveError, UserError
 from megatron.core.huggingface import export_checkpoint, require_exportable, require_replaceable
 from megatron.core.models.T5.t5_flops import training_flops_per_sequence
@@ -37,7 +38,7 @@ from megatron.training.evaluation import Evaluator
 from megatron.training.host_memory import keep_freed_memory
 from megatron.training.initialize import parallel_context
 from megatron.training.model_setup import DistributedModel, plan_stages
-from megatron.training.numerics import SkipCounter, checked_gradients, describe_nonfinite
+from megatron.training.numerics import SkipCounter, checked_gradients, describe_faults, describe_nonfinite
 from megatron.training.profile_summary import Phase
 from megatron.training.profiling import StepProfiler
 from megatron.training.reports import Reports
@@ -50,6 +51,7 @@ from megatron.training.starting_point import (
     find_starting_point,
     load_starting_point,
 )
+from megatron.training.step_verdicts import STEPS_LATER, StepVerdicts, decides_by_itself
 from megatron.training.stopping import Stop, StopControl
 from megatron.training.watchdog import Watchdog
 
@@ -105,6 +107,9 @@ class Trainer:
         synchronize = None if self.model.shared is None else self.model.shared.synchronize
         self.optimizer = build_optimizer(config.optimizer, self.parameters, context, synchronize)
         self.loss_scaler = LossScaler(config.optimizer, enabled=config.compute.fp16)
+        self.verdicts: StepVerdicts | None = None  # where the device decides what is skipped
+        if decides_by_itself(context.device, needs_to_know=self.loss_scaler.dynamic):
+            self.verdicts = StepVerdicts([p.name for p in self.parameters])
         self.train_loader = self._loader(data.train, skipped)
         self.prefetcher = Prefetcher(self.train_loader, context.device)
         flops_per_sample = training_flops_per_sequence(config.model, *lengths)
@@ -165,7 +170,7 @@ class Trainer:
             self.watchdog.step = self.progress.iteration + 1
         first_sample = self.progress.next_sample
         with self.profiler.phase(Phase.DATA):
-            batch = self.prefetcher.step_batch(first_sample).to(self.context.device)
+            batch = self.prefetcher.step_batch(first_sample)
         self.window.data_wait_s += time.perf_counter() - start
         num_targets = (batch.labels >= 0).sum()
         over_ranks = num_targets.clone()
@@ -203,35 +208,60 @@ class Trainer:
         return sums
 
     def _update(self, loss_sums: torch.Tensor) -> None:
-        """Clip, step and advance. A step whose loss or gradient is not finite changes nothing but the counts."""
+        """Clip, step and advance. A step whose loss or gradient is not finite changes nothing but the counts.
+
+        With `verdicts`, the device sees to that, and nothing here waits for it.
+        """
         scale, progress = self.loss_scaler.scale, self.progress
         with self.profiler.phase(Phase.CLIP):
-            norm = global_grad_norm(self.parameters, self.context, scale, loss_sums)
-            self.window.grad_norm = norm.item()
-            finite, fault = math.isfinite(self.window.grad_norm), ""
+            norm = measure_gradients(self.parameters, self.context, scale, loss_sums)
+            self.window.grad_norm = norm.total
+            skip = None if self.verdicts is None else norm.total.isfinite().logical_not()
+            skipped = skip is None and not math.isfinite(norm.total.item())
         self.window.learning_rate = self.schedule(self._schedule_position())
-        if finite:
+        if not skipped:
             if self.saver is not None:
                 self.saver.wait_for_copies()  # of what the step changes; forward and backward ran beside them
             with self.profiler.phase(Phase.OPTIMIZER):
-                divisor = gradient_divisor(norm, self.config.optimizer.clip_grad, scale)
-                self.optimizer.step(self.window.learning_rate, divisor)
-            self.skips.made()
-        else:
-            fault = describe_nonfinite(self.parameters, loss_sums, self.context)
-        self.loss_scaler.update(found_nonfinite=not finite)
+                divisor = gradient_divisor(norm.total, self.config.optimizer.clip_grad, scale)
+                self.optimizer.step(self.window.learning_rate, divisor, skip)
+        fault = describe_nonfinite(self.parameters, loss_sums, self.context) if skipped else ""
+        self.loss_scaler.update(found_nonfinite=skipped)
         with self.profiler.phase(Phase.OPTIMIZER):
             self.optimizer.zero_grad()
         progress.iteration += 1
         progress.next_sample = self.train_loader.next_sample(progress.next_sample)
         progress.consumed_samples += self.global_batch_size
         progress.consumed_tokens += round(self.global_batch_size * self.data.train.tokens_per_sample)
-        if not finite:
+        if self.verdicts is None:
+            self._count(progress.iteration, fault, scale)
+        else:
+            self.verdicts.add(progress.iteration, norm, loss_sums)
+            self._settle(progress.iteration - STEPS_LATER)
+
+    def _count(self, step: int, fault: str, scale: float) -> None:
+        """Count a step that was made or, if there is a fault, skipped; steps come in order."""
+        if fault:
             scaled = f" (loss scale {scale:g})" if self.config.compute.fp16 else ""
-            warn(f"step {progress.iteration} skipped{scaled}: not finite: {fault}", self.context.is_main)
-            progress.skipped_iterations += 1
-            self.skips.skipped(progress.iteration, fault)
-        progress.consecutive_skips = self.skips.consecutive
+            warn(f"step {step} skipped{scaled}: not finite: {fault}", self.context.is_main)
+            self.progress.skipped_iterations += 1
+            self.skips.skipped(step, fault)
+        else:
+            self.skips.made()
+        self.progress.consecutive_skips = self.skips.consecutive
+
+    def _settle(self, last_step: int | None = None) -> None:
+        """Find out about the steps up to `last_step`, or all, that the device has decided on; all ranks together.
+
+        What is told or saved about the run comes after it.
+        """
+        if self.verdicts is None:
+            return
+        for verdict in self.verdicts.take(self.progress.iteration if last_step is None else last_step):
+            fault = ""
+            if not verdict.is_finite:
+                fault = describe_faults(verdict.loss_is_finite, verdict.nonfinite_gradients, self.context)
+            self._count(verdict.step, fault, self.loss_scaler.scale)
 
     def _schedule_position(self) -> int:
         """The schedule's argument for the step being made: its number, or the samples consumed by its end."""
@@ -263,7 +293,10 @@ class Trainer:
                         self._after_step()
                 if self.profiler.ends_with(self.progress.iteration):
                     self._end_profile()
+            self._settle()
         except NumericalError:  # all ranks raise it together
+            with suppress(NumericalError):
+                self._settle()
             if self.profiler.is_open:
                 self._end_profile()
             if not self.window.is_empty:
@@ -340,12 +373,14 @@ class Trainer:
 
     def report(self) -> None:
         """Write one row about the steps since the last report."""
+        self._settle()
         with self.profiler.phase(Phase.REPORT):
             self.reports.report(self.progress, self.loss_scaler.scale, self.total_iterations)
 
     def _evaluate(self, splits: Sequence[str]) -> None:
         """Evaluate on these splits; the progress remembers those that a wish to stop left out."""
         start = time.perf_counter()
+        self._settle()
         with self.profiler.phase(Phase.EVALUATION):
             self.progress.pending_evaluations = [split for split in splits if not self.evaluate(split)]
         self.window.leave_out(time.perf_counter() - start)
@@ -386,6 +421,7 @@ class Trainer:
         if self.saver is None:
             return
         start = time.perf_counter()
+        self._settle()
         if self.model.shared is not None:
             self.model.shared.check_equal()
         self.progress.loss_scaler = self.loss_scaler.state

@@ -32,7 +32,7 @@ def test_a_fault_that_is_not_noticed_is_a_failure(
     byte_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The norm of the gradients alone, which knows nothing of the loss."""
-    monkeypatch.setattr(training, "global_grad_norm", lambda *arguments: gradients.global_grad_norm(*arguments[:3]))
+    monkeypatch.setattr(training, "measure_gradients", lambda *arguments: gradients.measure_gradients(*arguments[:3]))
     (failure,) = run_all([Trial(Layout(), 0, "loss", math.nan, False)], tmp_path, byte_dataset)
     assert failure.startswith("one process, microbatches: nan in the loss on rank 0: ")
 

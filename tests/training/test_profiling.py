@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.core.distributed import GradientNorm
 from megatron.core.errors import NumericalError, UserError
 from megatron.core.parallel_state import ParallelContext
 from megatron.training import profiling
@@ -333,7 +334,8 @@ def test_a_rank_that_there_is_not(byte_dataset: Path, monkeypatch: pytest.Monkey
 def test_a_run_that_fails_within_the_window_is_profiled(
     byte_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron.training.training.global_grad_norm", lambda *_: torch.tensor(math.nan))
+    bad = GradientNorm(torch.tensor(math.nan), torch.zeros(0), [])
+    monkeypatch.setattr("megatron.training.training.measure_gradients", lambda *_: bad)
     flags = [*TINY, "--data-path", str(byte_dataset), "--save", str(tmp_path), "--max-consecutive-skips", "1"]
     with pytest.raises(NumericalError):
         train([*flags, "--profile", "--profile-step-start", "1", "--profile-step-end", "4"])

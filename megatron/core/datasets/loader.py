@@ -37,7 +37,7 @@ class TensorBatch(NamedTuple):
         return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
     def to(self, device: torch.device) -> TensorBatch:
-        """The same microbatch on `device`."""
+        """The same microbatch on `device`; from pinned memory, the host does not wait for the copy."""
         return TensorBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs().items()})
 
     def split(self, parts: int) -> list[TensorBatch]:

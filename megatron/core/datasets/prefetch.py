@@ -3,6 +3,8 @@
 The C++ that makes samples releases the GIL, so the thread works while the step computes. It holds no state of the run:
 a batch is asked for by its first sample, and whatever was prepared for another one, because steps were skipped or the
 run continues elsewhere, is thrown away. Batches that no step took were never consumed.
+
+Batches for a GPU are copied there ahead too, on a stream of their own: the copy runs beside the steps before.
 """
 
 from __future__ import annotations
@@ -24,7 +26,23 @@ class _Prepared(NamedTuple):
     """A batch, or what went wrong when it was made."""
 
     first_sample: int
-    outcome: TensorBatch | BaseException
+    outcome: _Copy | BaseException
+
+
+class _Copy(NamedTuple):
+    """A batch where it is wanted, or on its way to there."""
+
+    batch: TensorBatch
+    arrived: torch.cuda.Event | None
+
+    def take(self) -> TensorBatch:
+        """The batch, for the work that is queued from now on; does not wait for it."""
+        if self.arrived is not None:
+            stream = torch.cuda.current_stream(self.batch.labels.device)
+            stream.wait_event(self.arrived)
+            for tensor in self.batch.inputs().values():
+                tensor.record_stream(stream)  # whose work must be done before the memory is used again
+        return self.batch
 
 
 class Prefetcher:
@@ -39,7 +57,7 @@ class Prefetcher:
 
         Args:
             loader: Of the training data. Its dataset is used by the thread alone from then on.
-            device: Where the batches will go; on the way to a GPU they lie in pinned memory.
+            device: Where the batches go.
             ahead: Batches that are ready at most; 0 makes each when it is asked for, without a thread.
         """
         self.loader, self.ahead, self._device = loader, ahead, device
@@ -49,15 +67,18 @@ class Prefetcher:
         self._next: int | None = None  # first sample of the batch that is made now or as soon as there is room
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._stream: torch.cuda.Stream | None = None  # of copies to a GPU
 
     def step_batch(self, first_sample: int) -> TensorBatch:
-        """The batch of the step that starts at `first_sample`, in host memory.
+        """The batch of the step that starts at `first_sample`, on the device.
+
+        A copy to a GPU may not be done yet, but what is queued there from now on comes after it.
 
         Raises:
             Exception: whatever the loader raised when it made this batch.
         """
         if self.ahead == 0:
-            return self._make(first_sample)
+            return self._make(first_sample).take()
         with self._changed:
             assert not self._closed, "the prefetcher is closed"
             while self._ready and self._ready[0].first_sample != first_sample:
@@ -72,7 +93,7 @@ class Prefetcher:
             self._changed.notify_all()
         if isinstance(outcome, BaseException):
             raise outcome
-        return outcome
+        return outcome.take()
 
     def close(self) -> None:
         """End the thread. Nothing can be asked for afterwards."""
@@ -100,7 +121,7 @@ class Prefetcher:
                 first_sample = self._next
                 assert first_sample is not None
             following: int | None = None
-            outcome: TensorBatch | BaseException
+            outcome: _Copy | BaseException
             try:
                 outcome = self._make(first_sample)
                 following = self.loader.next_sample(first_sample)
@@ -115,17 +136,25 @@ class Prefetcher:
     def _has_room(self) -> bool:
         return len(self._ready) < self.ahead
 
-    def _make(self, first_sample: int) -> TensorBatch:
+    def _make(self, first_sample: int) -> _Copy:
         batch = self.loader.step_batch(first_sample)
-        return batch if self._device.type != "cuda" else _pinned(batch, self._device)
+        if self._device.type != "cuda":
+            return _Copy(batch.to(self._device), None)
+        torch.cuda.set_device(self._device)  # of this thread; it would take the first GPU, of another process
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        with torch.cuda.stream(self._stream):
+            copy = _pinned(batch).to(self._device)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Copy(copy, arrived)
 
 
-def _pinned(batch: TensorBatch, device: torch.device) -> TensorBatch:
-    """The batch in pinned memory, from where it reaches the GPU beside the computation.
+def _pinned(batch: TensorBatch) -> TensorBatch:
+    """The batch in pinned memory, from where it reaches the GPU without the host.
 
     The copies are numpy's: torch's would start threads of their own for this thread.
     """
-    torch.cuda.set_device(device)  # of this thread; it would take the first GPU, of another process
     copies = {}
     for name, rows in batch.inputs().items():
         copies[name] = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)

@@ -78,7 +78,8 @@ def measure_gradients(
             counts = counted_here(p.parameter, context) and not p.is_copy
             (counted if counts else others).append(index)
     indices = counted + others if context.world_size > 1 else counted
-    squares = _sums_of_squares([local_tensor(parameters[i].parameter.grad) for i in indices], context.device)
+    gradients = [gradient for i in indices if (gradient := parameters[i].parameter.grad) is not None]
+    squares = _sums_of_squares(list(map(local_tensor, gradients)), context.device)
     total = _sum(squares[: len(counted)])
     if loss_sums is not None:
         total += 0.0 * loss_sums.sum()  # zero, or nan when it is not finite
