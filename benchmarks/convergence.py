@@ -61,7 +61,7 @@ def train(name: str, options: argparse.Namespace, minutes: float | None) -> bool
     command += ["--micro-batch-size", str(options.rows), "--optimizer", "adamw-scale", "--lr", str(options.lr)]
     command += ["--lr-warmup-iters", str(max(1, options.steps // 10)), "--split", "99,1,0", "--eval-iters", "0"]
     command += ["--log-interval", "10", "--save-interval", str(options.steps), "--keep-last", "1"]
-    command += [] if minutes is None else ["--exit-duration-in-mins", f"{minutes:.3f}"]
+    command += [] if minutes is None else ["--exit-duration-in-mins", f"{minutes:.6f}"]
     with (save / "log").open("a", encoding="utf-8") as log:
         done = subprocess.run(command, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
