@@ -69,7 +69,8 @@ def adam(
 ) -> None:
     """One step of AdamW, in place; nothing waits for the GPU.
 
-    The bias corrections `1 - beta^t` are the kernel's own, in fp32: with `beta2` 0.999 the first is 5e-5 off.
+    The kernel has the betas in fp32, so that `1 - beta2` is 5e-5 off for 0.999: the second moments are as much larger
+    than torch's, and so are their bias corrections.
 
     Args:
         parameters: fp32, contiguous, less than 2^31 numbers each.
@@ -131,16 +132,16 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> T
 # Weight gradients
 
 
-def check_gradient_accumulation_fusion(
-    compute: ComputeConfig, device: torch.device, gathers_parameters: bool, splits_backward: bool
-) -> None:
+def check_gradient_accumulation_fusion(compute: ComputeConfig, device: torch.device, gathers_parameters: bool) -> None:
     """Raise `UserError` for a run that `accumulating_linear` does not fit.
+
+    Neither do pipeline schedules that put the gradients of weights off, which are refused for any product that computes
+    them at once.
 
     Args:
         compute: The run's.
         device: Where the products run.
         gathers_parameters: Whether FSDP2 holds the parameters, which reduces gradients of its own.
-        splits_backward: Whether the pipeline's schedule computes the gradients of weights later than those of inputs.
     """
     flag, otherwise = "--gradient-accumulation-fusion", "remove the flag"
     others = {
@@ -149,7 +150,6 @@ def check_gradient_accumulation_fusion(
         "--fp8-format": compute.fp8_format is not None,
         "--transformer-impl transformer_engine": compute.transformer_impl != "local",
         "--data-parallel-sharding-strategy other than no_shard": gathers_parameters,
-        "a --pipeline-schedule with a split backward pass": splits_backward,
     }
     for other, given in others.items():
         if given:
