@@ -21,6 +21,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.errors import UserError
 from megatron.core.extensions.attention import AttentionRequest, choose_attention
+from megatron.core.extensions.elementwise import check_elementwise
 from megatron.core.inference.loading import build_inference_model
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_pipeline import StagePlan, choose_plan
@@ -84,6 +85,7 @@ def build_stages(
     z_loss_weight = config.optimizer.z_loss_weight
     stages: list[T5Model] = []
     check_attention(config, context.device)
+    check_elementwise(config.compute, context.device, compute_dtype(config.compute) or torch.float32)
     with torch.device("meta"):
         if plan is None:
             stages = [T5Model(config.model, config.compute, z_loss_weight, tensor_parallel=tensor_parallel)]

@@ -3,7 +3,6 @@
 Offsets are int64 from the row on: a chunk of logits may have more than 2**31 elements.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 import triton

@@ -414,9 +414,7 @@ def softmax_statistics(logits: Tensor, labels: Tensor, log_z: Tensor, label_logi
     torch.ops.megatron_t5.triton_softmax_statistics(logits, labels, log_z, label_logit)
 
 
-def logits_gradient_(
-    logits: Tensor, labels: Tensor, log_z: Tensor, label_scale: Tensor, softmax_scale: Tensor
-) -> Tensor:
+def logits_gradient_(logits: Tensor, labels: Tensor, log_z: Tensor, label_scale: Tensor, softmax_scale: Tensor) -> None:
     """Overwrites logits by `softmax_scale * exp(logits - log_z) - label_scale * onehot(labels)`; no autograd.
 
     Args:
@@ -425,10 +423,6 @@ def logits_gradient_(
         log_z: fp32 `[r]`, the log-partition function, of all ranks where they divide the columns.
         label_scale: fp32 `[r]`.
         softmax_scale: fp32 `[r]`.
-
-    Returns:
-        `logits`.
     """
     _check_rows(logits, labels, log_z, label_scale, softmax_scale)
     torch.ops.megatron_t5.triton_logits_gradient_(logits, labels, log_z, label_scale, softmax_scale)
-    return logits

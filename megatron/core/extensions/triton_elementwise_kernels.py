@@ -7,7 +7,6 @@ Triton kernels for the same operations.
 Offsets are int64 from the row on: tensors may have more than 2**31 elements.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 import triton
@@ -50,9 +49,10 @@ def load_or_sum(
         values += tl.load(residual + offset + columns, mask=inside, other=0.0).to(tl.float32)
         rounded = values.to(total.dtype.element_ty)
         tl.store(total + offset + columns, rounded, mask=inside)
-        return rounded.to(tl.float32)
+        values = rounded.to(tl.float32)
     else:
-        return tl.load(total + offset + columns, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(total + offset + columns, mask=inside, other=0.0).to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -195,16 +195,14 @@ def activated(x, GELU: tl.constexpr):
     above = tl.where(x < -bound, -bound, x)
     within = tl.where(above > bound, bound, above)
     if GELU:  # z = 2 sqrt(2 / pi) (x + 0.044715 x^3): with it the sigmoid is (1 + tanh(z / 2)) / 2
-        square = within * within
-        z = 1.5957691216057308 * within * (1.0 + 0.044715 * square)
-        slope = 1.5957691216057308 * (1.0 + 0.134145 * square)
-        inverse = tl.exp(-z)
-        sigmoid = 1.0 / (1.0 + inverse)
-        return above * sigmoid, sigmoid + within * slope * (inverse * sigmoid * sigmoid)
+        z = 1.5957691216057308 * within * (1.0 + 0.044715 * within * within)
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * within * within)
     else:
-        inverse = tl.exp(-within)
-        sigmoid = 1.0 / (1.0 + inverse)
-        return above * sigmoid, sigmoid + within * (inverse * sigmoid * sigmoid)
+        z = within
+        slope = 1.0
+    inverse = tl.exp(-z)
+    sigmoid = 1.0 / (1.0 + inverse)
+    return above * sigmoid, sigmoid + within * slope * (inverse * sigmoid * sigmoid)
 
 
 @triton.jit

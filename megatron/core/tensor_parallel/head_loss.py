@@ -80,6 +80,7 @@ class _Pass:
         parallel: The ranks.
         num_embeddings: Rows of all ranks' tables that are no padding.
         logit_scale: Factor of the logits.
+        backend: Value of `--cross-entropy-backend`.
     """
 
     def __init__(
@@ -91,13 +92,14 @@ class _Pass:
         parallel: TensorParallel,
         num_embeddings: int,
         logit_scale: float,
+        backend: str,
     ) -> None:
         first_id = parallel.rank * len(table)
         valid = min(len(table), num_embeddings - first_id)
         assert valid > 0, f"{num_embeddings} ids leave nothing for rank {parallel.rank} of {parallel.size}"
         assert not labels.is_cpu or not labels.numel() or int(labels.max()) < num_embeddings, "a label has no logit"
         self.hidden, self.table, self.parallel = hidden, table, parallel
-        self.z_loss_weight, self.logit_scale = z_loss_weight, logit_scale
+        self.z_loss_weight, self.logit_scale, self.backend = z_loss_weight, logit_scale, backend
         self.weight = table[:valid].to(hidden.dtype)  # [v, h]
         self.ignored = labels == IGNORED_LABEL
         # Of this rank's rows; elsewhere if it is none of them.
@@ -126,7 +128,7 @@ class _Pass:
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
         logits = hidden @ self.weight.T  # [r, v]
-        log_z, label_logits = joined_statistics(label_statistics(logits, target), self.parallel)
+        log_z, label_logits = joined_statistics(label_statistics(logits, target, self.backend), self.parallel)
         losses[0, rows] = (log_z - label_logits).masked_fill_(ignored, 0.0)
         losses[1, rows] = (self.z_loss_weight * log_z.square()).masked_fill_(ignored, 0.0)
         if self.hidden_gradient is None and self.table_gradient is None:
@@ -134,7 +136,7 @@ class _Pass:
         # d logits = softmax * (1 + 2 weight log_z) - onehot; rows of ignored labels are 0
         label_scale = torch.where(ignored, 0.0, self.gradient_scale).to(self.dtype)
         softmax_scale = label_scale * (1.0 + 2.0 * self.z_loss_weight * log_z)
-        logits_gradient_(logits, target, log_z, label_scale, softmax_scale)
+        logits_gradient_(logits, target, log_z, label_scale, softmax_scale, self.backend)
         if self.hidden_gradient is not None:
             self.hidden_gradient[rows] = _product(logits, self.weight)
         if self.table_gradient is not None:
@@ -229,6 +231,7 @@ def head_loss(
     parallel: TensorParallel | None = None,
     num_embeddings: int | None = None,
     logit_scale: float = 1.0,
+    backend: str = "auto",
 ) -> TokenLoss:
     """Cross-entropy and z-loss of every token and their sum, the same on all tensor-parallel ranks.
 
@@ -241,10 +244,11 @@ def head_loss(
         parallel: The ranks that divide the table; a single one if not given.
         num_embeddings: Rows of all ranks' tables that mean something; all of them if not given.
         logit_scale: Factor of the logits.
+        backend: Kernels of the loss, a value of `--cross-entropy-backend`.
     """
     parallel = TensorParallel() if parallel is None else parallel
     num_embeddings = parallel.size * len(table) if num_embeddings is None else num_embeddings
-    options = (z_loss_weight, parallel, num_embeddings, logit_scale)
+    options = (z_loss_weight, parallel, num_embeddings, logit_scale, backend)
     if torch.is_grad_enabled() and (hidden.requires_grad or table.requires_grad):
         return TokenLoss(*_HeadLoss.apply(hidden, table, labels, options))
     work = _Pass(hidden.detach().flatten(0, -2), table.detach(), labels.flatten(), *options)

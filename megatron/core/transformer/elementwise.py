@@ -1,6 +1,7 @@
 """What stands between the matrix products: dropout, residual additions, activations.
 
-Each is one operator on CPUs (`core.extensions.cpu_elementwise`) and torch's operations elsewhere and for other dtypes.
+Each is one operator on CPUs (`core.extensions.cpu_elementwise`) and torch's operations elsewhere and for other dtypes;
+gated activations have other implementations, too (`core.extensions.elementwise`).
 Dropout is that of activations which are equal on all tensor-parallel ranks, or divided along the sequence; for others
 see `TensorParallel.dropout`.
 """
@@ -11,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.extensions import cpu_elementwise
+from megatron.core.extensions.elementwise import Implementations
+from megatron.core.extensions.torch_elementwise import activate
+
+__all__ = ["activate", "add_dropout", "dropout", "gated_activation"]
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -27,17 +32,7 @@ def add_dropout(residual: Tensor, branch: Tensor, p: float) -> Tensor:
     return residual + dropout(branch, p)
 
 
-def activate(x: Tensor, name: str) -> Tensor:
-    """ReLU, GELU in its tanh form (as all of T5 has it) or SiLU, by the config's name, `gated-` or not."""
-    if name == "relu":
-        return F.relu(x)
-    return F.silu(x) if name == "gated-silu" else F.gelu(x, approximate="tanh")
-
-
-def gated_activation(x: Tensor, name: str) -> Tensor:
+def gated_activation(x: Tensor, name: str, implementations: Implementations) -> Tensor:
     """`activation(gate) * up` of `[..., 2 f]`, rows `(unit, gate|up)`, to `[..., f]`."""
-    if cpu_elementwise.supports(x):
-        return cpu_elementwise.gated_activation(x, name)
-    # [..., 2 f] -> [2, ..., f]: the activation loses more time on strided input than this copy takes.
-    gate, up = x.unflatten(-1, (-1, 2)).movedim(-1, 0).contiguous()
-    return activate(gate, name) * up
+    activated: Tensor = implementations.module(x).gated_activation(x, name)
+    return activated

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.extensions.elementwise import choose_activation
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from megatron.core.transformer.elementwise import activate, gated_activation
 from megatron.core.transformer.initialization import matrix_init, residual_output_init
@@ -19,7 +20,7 @@ class MLP(nn.Module):
 
     Args:
         config: Sizes and options.
-        compute: Precision.
+        compute: Precision and backends.
         num_layers: Layers of the stack this belongs to, for the initialisation of the output projection.
         tensor_parallel: The ranks, which divide the units.
     """
@@ -32,6 +33,7 @@ class MLP(nn.Module):
         padded = tensor_parallel.round_up(units)
         self.activation = config.activation_function
         self.gated = config.gated
+        self.gated_activations = choose_activation(compute)
         self.dropout = config.hidden_dropout
         matrices = ("gate", "up") if self.gated else ("weight",)
         self.tensor_parallel = tensor_parallel
@@ -59,5 +61,8 @@ class MLP(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """`[b, s', h]` to `[b, s', h]`, s' this rank's part of the sequence under sequence parallelism."""
         inner = self.wi(hidden)
-        activated = gated_activation(inner, self.activation) if self.gated else activate(inner, self.activation)
+        if self.gated:
+            activated = gated_activation(inner, self.activation, self.gated_activations)
+        else:
+            activated = activate(inner, self.activation)
         return self.wo(self.tensor_parallel.dropout(activated, self.dropout, self.training))

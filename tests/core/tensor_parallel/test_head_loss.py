@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron.core.extensions import cpu_elementwise
+from megatron.core.extensions.torch_elementwise import BLOCK_ELEMENTS
 from megatron.core.tensor_parallel import IGNORED_LABEL, TokenLoss, head_loss
-from megatron.core.tensor_parallel.cross_entropy import BLOCK_ELEMENTS
 from megatron.core.tensor_parallel.head_loss import CHUNK_BYTES, PRODUCT_BYTES, chunk_rows
 
 B, T, H, V = 3, 5, 8, 37

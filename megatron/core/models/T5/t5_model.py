@@ -450,6 +450,7 @@ class T5Model(nn.Module):
             parallel=self.tensor_parallel,
             num_embeddings=self.config.padded_vocab_size,
             logit_scale=self.logit_scale,
+            backend=self.compute.cross_entropy_backend,
         )
 
     def _head_input(self, decoder_output: Tensor, length: int) -> Tensor:
