@@ -6,12 +6,14 @@ Embeddings, the head and attention scores never take part in FP8.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from megatron.core.config import ComputeConfig
 from megatron.core.errors import UserError
-from megatron.core.extensions import transformer_engine
+from megatron.core.extensions import apex, torchao_fp8, transformer_engine
 from megatron.core.extensions.fp8 import check_fp8
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_pipeline import SCHEDULES
@@ -24,6 +26,10 @@ def check_products(config: RunConfig, device: torch.device) -> None:
     """Raise `UserError` for layers or FP8 that this run cannot have, before there is a model."""
     transformer_engine.check(config.compute, config.parallel, device)
     check_fp8(config.compute, config.model, config.parallel.tensor_model_parallel_size, device)
+    if config.compute.fp8_format is not None and config.compute.transformer_impl == "local":
+        torchao_fp8.check(config.compute)
+    if config.compute.fp8_format is not None and config.compute.transformer_impl == "local":
+        torchao_fp8.check(config.compute)
     schedule = config.parallel.pipeline_schedule
     if has_products(config.compute) and schedule != "auto" and SCHEDULES[schedule].splits_backward:
         raise UserError(
@@ -34,7 +40,11 @@ def check_products(config: RunConfig, device: torch.device) -> None:
 
 def has_products(compute: ComputeConfig) -> bool:
     """Whether linear layers get a product of their own, which computes weight gradients at once."""
-    return compute.transformer_impl == "transformer_engine" or compute.fp8_format is not None
+    return (
+        compute.transformer_impl == "transformer_engine"
+        or compute.fp8_format is not None
+        or compute.gradient_accumulation_fusion
+    )
 
 
 def install_products(stages: Sequence[T5Model], config: RunConfig, context: ParallelContext) -> None:
@@ -42,12 +52,17 @@ def install_products(stages: Sequence[T5Model], config: RunConfig, context: Para
     compute = config.compute
     if not has_products(compute):
         return
+    if compute.gradient_accumulation_fusion:
+        gathers = any(isinstance(stage, FSDPModule) for stage in stages)
+        apex.check_gradient_accumulation_fusion(compute, context.device, gathers)
+        for layer, _ in _linear_layers(stages, config):
+            layer.product = apex.accumulating_linear(partial(getattr, layer, "weight"))
+        return
     if compute.transformer_impl == "local":
-        from megatron.core.extensions import torchao_fp8  # needs its package
-
+        product = torchao_fp8.product(compute)  # one for all: layers that compute the same share compiled code
         for layer, in_fp8 in _linear_layers(stages, config):
             if in_fp8:
-                layer.product = torchao_fp8.product(compute)
+                layer.product = product
         return
     recipe = None
     if compute.fp8_format is not None:

@@ -93,6 +93,15 @@ def check(compute: ComputeConfig, parallel: ParallelConfig, device: torch.device
             raise UserError(f"{flag} does not go with {FLAG} ({why}); remove one of them")
 
 
+def check_norm(device: torch.device) -> None:
+    """Raise `UserError` when `--norm-backend transformer_engine` does not compute on this device."""
+    flag, otherwise = "--norm-backend transformer_engine", "use --norm-backend auto"
+    if device.type not in DEVICES:
+        raise UserError(f"{flag} computes on {' and '.join(DEVICES)}, and this run is on {device.type}; {otherwise}")
+    if (reason := problem()) is not None:
+        raise UserError(f"{flag} {reason}; {otherwise}")
+
+
 # FP8
 
 
@@ -198,10 +207,9 @@ class LinearProduct:
         is_first = self._is_first if torch.is_grad_enabled() else None
         if is_first:
             self._is_first = False
+        module, weights = self._built(weight.shape, x.dtype), {"weight": weight.to(x.dtype)}
         with self._region():
-            product: Tensor = torch.func.functional_call(
-                self._built(weight.shape, x.dtype), {"weight": weight.to(x.dtype)}, (rows,), {"is_first_microbatch": is_first}
-            )
+            product: Tensor = torch.func.functional_call(module, weights, (rows,), {"is_first_microbatch": is_first})
         if padding:
             product = product[:-padding]
         product = product.unflatten(0, x.shape[:-1])
