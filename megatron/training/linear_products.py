@@ -28,13 +28,11 @@ def check_products(config: RunConfig, device: torch.device) -> None:
     check_fp8(config.compute, config.model, config.parallel.tensor_model_parallel_size, device)
     if config.compute.fp8_format is not None and config.compute.transformer_impl == "local":
         torchao_fp8.check(config.compute)
-    if config.compute.fp8_format is not None and config.compute.transformer_impl == "local":
-        torchao_fp8.check(config.compute)
     schedule = config.parallel.pipeline_schedule
     if has_products(config.compute) and schedule != "auto" and SCHEDULES[schedule].splits_backward:
         raise UserError(
-            f"--pipeline-schedule {schedule} puts weight gradients off, which --fp8-format cannot do; use interleaved "
-            "or auto, or remove --fp8-format"
+            f"--pipeline-schedule {schedule} puts weight gradients off, which does not go with --fp8-format, "
+            "--transformer-impl transformer_engine or --gradient-accumulation-fusion; use interleaved or auto"
         )
 
 
