@@ -253,15 +253,21 @@ class Trainer:
     def _settle(self, last_step: int | None = None) -> None:
         """Find out about the steps up to `last_step`, or all, that the device has decided on; all ranks together.
 
-        What is told or saved about the run comes after it.
+        What is told or saved about the run comes after it. One skip too many is raised when all are counted.
         """
         if self.verdicts is None:
             return
+        error: NumericalError | None = None
         for verdict in self.verdicts.take(self.progress.iteration if last_step is None else last_step):
             fault = ""
             if not verdict.is_finite:
                 fault = describe_faults(verdict.loss_is_finite, verdict.nonfinite_gradients, self.context)
-            self._count(verdict.step, fault, self.loss_scaler.scale)
+            try:
+                self._count(verdict.step, fault, self.loss_scaler.scale)
+            except NumericalError as raised:
+                error = error or raised
+        if error is not None:
+            raise error
 
     def _schedule_position(self) -> int:
         """The schedule's argument for the step being made: its number, or the samples consumed by its end."""
