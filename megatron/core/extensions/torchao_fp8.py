@@ -10,12 +10,16 @@ Shapes: r rows, i input features, o output features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.config import ComputeConfig
 from megatron.core.extensions.packages import require
+
+if TYPE_CHECKING:
+    from torchao.float8.config import Float8LinearConfig
 
 # The product that gives the weight's gradient sums over rows, and FP8 products sum over multiples of this.
 ROW_MULTIPLE = 16
@@ -36,23 +40,33 @@ def product(compute: ComputeConfig, *, emulate: bool = False) -> Callable[..., T
     """
     assert compute.fp8_format is not None and compute.fp8_recipe == "tensorwise"
     from torchao.float8.config import CastConfig, Float8LinearConfig, ScalingType, e4m3_dtype, e5m2_dtype
-    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
-    from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
 
     of_gradients = CastConfig(target_dtype=e5m2_dtype if compute.fp8_format == "hybrid" else e4m3_dtype)
     x_for_weight, gradient_for_weight = None, None  # as for the other products
     if not compute.fp8_wgrad:
         x_for_weight = CastConfig(ScalingType.DISABLED, target_dtype=e4m3_dtype)
         gradient_for_weight = CastConfig(ScalingType.DISABLED, target_dtype=of_gradients.target_dtype)
-    config = Float8LinearConfig(
-        cast_config_grad_output=of_gradients,
-        cast_config_input_for_grad_weight=x_for_weight,
-        cast_config_grad_output_for_grad_weight=gradient_for_weight,
-        emulate=emulate,
+    return linear_with(
+        Float8LinearConfig(
+            cast_config_grad_output=of_gradients,
+            cast_config_input_for_grad_weight=x_for_weight,
+            cast_config_grad_output_for_grad_weight=gradient_for_weight,
+            emulate=emulate,
+        )
     )
+
+
+def linear_with(config: Float8LinearConfig) -> Callable[..., Tensor]:
+    """`x W^T (+ b)` with torchao's configuration.
+
+    Its function is one that torchao's own layer is made of and does not promise to keep; it is called from here only.
+    """
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+    from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
+
     # Of the product, the input's gradient and the weight's.
     parts = (config.gemm_config_output, config.gemm_config_grad_input, config.gemm_config_grad_weight)
-    products = LinearMMConfig(*(ScaledMMConfig(emulate, part.use_fast_accum, False, False) for part in parts))
+    products = LinearMMConfig(*(ScaledMMConfig(config.emulate, part.use_fast_accum, False, False) for part in parts))
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.flatten(0, -2)  # [r, i]
