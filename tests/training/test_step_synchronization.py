@@ -2,15 +2,19 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.core.errors import NumericalError
+from megatron.core.optimizer.logical_matrices import LogicalMatrices
 from megatron.core.parallel_state import ParallelContext
-from megatron.core.parameters import local_tensor
+from megatron.core.parameters import local_tensor, model_parameters
 from megatron.training import training
 from megatron.training.arguments import parse_args
 from megatron.training.step_verdicts import STEPS_LATER
@@ -18,6 +22,7 @@ from megatron.training.training import Trainer, pretrain_in
 from tests.distributed import run_distributed
 from tests.layouts.comparison import checkpoint_tensors
 from tests.layouts.layout import Layout
+from tests.training.test_numerics import make_trainer
 from tests.training.test_pretrain import TINY
 
 OPTIMIZERS = ("adamw", "adamw-scale", "adafactor")
@@ -125,3 +130,95 @@ def test_too_many_skips_end_the_run_a_little_later(
     (row,) = untimed_rows(tmp_path)
     assert row["iteration"] == row["skipped_iterations"] == 2 + STEPS_LATER
     assert not list(tmp_path.glob("iter_*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the host would wait for. A meta tensor has no values, so that reading one raises, as it would stop a GPU.
+
+META = torch.device("meta")
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses copies between devices, but for numbers that become arguments of kernels."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(name in str(func) for name in ("copy", "lift")):
+            tensors = [tensor for tensor in (*args, result) if isinstance(tensor, torch.Tensor)]
+            assert len({tensor.device.type for tensor in tensors}) == 1, func
+        return result
+
+
+class Unread:
+    """Takes the place of the verdicts, whose copy to the host goes beside the step."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def add(self, step: int, *numbers: Any) -> None:
+        self.steps.append(step)
+
+    def take(self, last_step: int) -> list[Any]:
+        return []
+
+
+def on_meta(value: Any, moved: dict[int, tuple[Any, Any]]) -> Any:
+    """`value` with every tensor in it replaced by one without values, each by one and the same."""
+    if id(value) not in moved:
+        if isinstance(value, nn.Parameter):
+            result: Any = nn.Parameter(torch.empty_like(value, device=META))
+        elif isinstance(value, torch.Tensor):
+            result = torch.empty_like(value, device=META)
+        elif isinstance(value, list):
+            result = [on_meta(item, moved) for item in value]
+        elif isinstance(value, dict):
+            result = {key: on_meta(item, moved) for key, item in value.items()}
+        else:
+            result = value
+            if isinstance(value, LogicalMatrices):
+                vars(value).update({k: on_meta(v, moved) for k, v in vars(value).items() if k != "optimizer"})
+        moved[id(value)] = result, value
+    return moved[id(value)][0]
+
+
+def trainer_on_meta(flags: list[str]) -> Trainer:
+    """A trainer as on a GPU, on a device that computes nothing."""
+    trainer = make_trainer(flags)
+    moved: dict[int, tuple[Any, Any]] = {}
+    for stage in trainer.model.stages:
+        for module in stage.modules():
+            module._parameters.update(on_meta(dict(module._parameters), moved))
+    vars(trainer.optimizer).update({k: on_meta(v, moved) for k, v in vars(trainer.optimizer).items()})
+    trainer.parameters = trainer.model.parameters = model_parameters(trainer.model.stages)
+    assert all(p.parameter is q for p, q in zip(trainer.parameters, trainer.optimizer.parameters, strict=True))
+    trainer.context = trainer.model.context = replace(trainer.context, device=META)
+    trainer.window.device = META
+    batch = trainer.train_loader.step_batch(0).to(META)  # of a GPU, another stream has copied it
+    trainer.prefetcher.step_batch = lambda first_sample: batch  # type: ignore[method-assign]
+    trainer.verdicts = Unread()  # type: ignore[assignment]
+    return trainer
+
+
+SIZES = ["--hidden-size", "128", "--kv-channels", "64", "--global-batch-size", "16"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", [[], ["--bf16"]])
+def test_nothing_in_a_step_waits_for_the_device(byte_dataset: Path, optimizer: str, precision: list[str]) -> None:
+    flags = [*TINY, *SIZES, *precision, "--optimizer", optimizer, "--attention-backend", "unfused"]
+    trainer = trainer_on_meta([*flags, "--data-path", str(byte_dataset), "--train-iters", "9", "--clip-grad", "1.0"])
+    assert trainer.num_microbatches == 2
+    with NoCopies():
+        for _ in range(3):
+            assert trainer.train_step()
+    assert trainer.verdicts.steps == [1, 2, 3]  # type: ignore[union-attr]
+
+
+def test_waiting_would_be_noticed() -> None:
+    x = torch.ones(3, device=META)
+    for read in (x.tolist, x.sum().item, x.nonzero, lambda: bool(x[0] > 0), x.cpu):
+        with NoCopies(), pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
+            read()
+    for write in (lambda: torch.ones(3).to(META), lambda: x.copy_(torch.ones(3))):
+        with NoCopies(), pytest.raises(AssertionError):
+            write()
