@@ -19,7 +19,6 @@ import triton.language as tl
 from megatron.core.extensions.triton_attention_kernels import (
     ALL_SEGMENTS,
     CONSTANT,
-    KEY_SEGMENTS,
     NO_BIAS,
     NO_SEGMENTS,
     VECTOR,
@@ -293,14 +292,14 @@ def attention_key_gradient(
 
 @triton.jit
 def bias_gradient_tile(
-    sums, bias, columns_of_tile, gradient, statistics, delta, query, key, value, seed, row, column, batch, head, heads,
-    gradient_batch, gradient_stride, gradient_head, query_batch, query_stride, query_head,
+    sums, bias, columns_of_tile, gradient, statistics, delta, query, key, value, seed, near, row, column, batch, head,
+    heads, gradient_batch, gradient_stride, gradient_head, query_batch, query_stride, query_head,
     key_batch, key_stride, key_head, value_batch, value_stride, value_head, row_ids, column_ids,
     queries, keys, threshold, kept_scale, scale,
     RAGGED: tl.constexpr, SEGMENTS: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the gradients of the scores of one tile `[T, T]`."""
+    """Adds the gradients of the scores of one tile `[T, T]`, which are 0 if it is not near."""
     rows = rows_of(row, queries - 1, T, True)
     columns = rows_of(column, keys - 1, T, RAGGED)
     item = batch * heads + head
@@ -314,7 +313,7 @@ def bias_gradient_tile(
     gradient_tile = load_tile(gradient, rows, row, gradient_stride, HEAD_DIM, WIDTH)
     places = row + tl.arange(0, T)
     first = tl.cast(item, tl.int64) * queries
-    row_statistics = tl.load(statistics + first + places, mask=places < queries, other=float("inf"))
+    row_statistics = tl.load(statistics + first + places, mask=(places < queries) & near, other=float("inf"))
     row_delta = tl.load(delta + first + rows)
     scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION) * scale + bias
     # The bias hides what a causal mask does.
@@ -361,10 +360,10 @@ def attention_bias_gradient(
         batch = pair // count
         row = (first_row + pair % count) * T
         column = row + offset * T
-        visited = pair >= 0
-        if FAR:
+        near = True
+        if FAR and M != T:
             left_end, right_begin = far_limits(row // M * M, constant_beyond, M, T)
-            visited = (column >= left_end) & (column < right_begin)
+            near = (column >= left_end) & (column < right_begin)
         row_ids, column_ids = lines, lines
         if SEGMENTS != NO_SEGMENTS:
             of_keys = key_segments + tl.cast(batch, tl.int64) * key_segments_batch
@@ -375,11 +374,12 @@ def attention_bias_gradient(
             column_ids = key_ids(of_keys, rows_of(column, keys - 1, T, True), SEGMENTS)
             low, high = range_of_ids(row_ids)
             key_low, key_high = range_of_ids(column_ids)
-            visited = visited & (low <= key_high) & (key_low <= high)
-        if visited:
+            overlap = (low <= key_high) & (key_low <= high)
+        # Without segments nothing is asked, for a loop without a condition is the one that loads ahead.
+        if SEGMENTS == NO_SEGMENTS or overlap:
             sums = bias_gradient_tile(
-                sums, bias, lines, gradient, statistics, delta, query, key, value, seed, row, column, batch, head, heads,
-                gradient_batch, gradient_stride, gradient_head, query_batch, query_stride, query_head,
+                sums, bias, lines, gradient, statistics, delta, query, key, value, seed, near, row, column, batch, head,
+                heads, gradient_batch, gradient_stride, gradient_head, query_batch, query_stride, query_head,
                 key_batch, key_stride, key_head, value_batch, value_stride, value_head, row_ids, column_ids,
                 queries, keys, threshold, kept_scale, scale,
                 RAGGED, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, T, PRECISION,

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron.core.extensions.triton_interpreter import INTERPRETED
+
 # How a tile's bias is found.
 NO_BIAS = tl.constexpr(0)
 CONSTANT = tl.constexpr(1)
@@ -27,6 +29,8 @@ KEY_SEGMENTS = tl.constexpr(1)
 ALL_SEGMENTS = tl.constexpr(2)
 # Larger than any position or segment id.
 LARGEST = tl.constexpr(2**31 - 1)
+# Whether PTX can be written.
+HAS_PTX = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
@@ -140,10 +144,22 @@ def key_ranges(start, queries, keys, key_segments, query_segment_ids, CAUSAL: tl
 
 
 @triton.jit
+def gather(pointers):
+    """What is at addresses that do not change, straight into registers.
+
+    Triton would stage such loads through shared memory, ahead of the loop, as it does those of keys and values: a tile
+    of fp32 for each stage, of what the first-level cache has anyway. It leaves loads alone that it does not see.
+    """
+    if HAS_PTX:
+        return tl.inline_asm_elementwise("ld.global.nc.f32 $0, [$1];", "=f,l", [pointers], tl.float32, True, 1)
+    return tl.load(pointers)
+
+
+@triton.jit
 def biased(products, rows, columns, bias, constant, scale, KIND: tl.constexpr):
     """Scores of products; rows and columns are `[M, 1]` and `[1, N]`, or `[1, M]` and `[N, 1]`."""
     if KIND == VECTOR:
-        return products * scale + tl.load(bias + (columns - rows))
+        return products * scale + gather(bias + (columns - rows))
     if KIND == CONSTANT:
         return products * scale + constant
     return products * scale
