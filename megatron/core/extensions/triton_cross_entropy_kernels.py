@@ -41,7 +41,7 @@ def logits_gradient(logits, labels, log_z, label_scale, softmax_scale, WIDTH: tl
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     places = logits + row * WIDTH + columns
-    values = tl.load(places, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    values = tl.load(places, mask=columns < WIDTH, other=-float("inf")).to(tl.float32)
     softmax = tl.exp(values - tl.load(log_z + row)) * tl.load(softmax_scale + row)
     softmax -= tl.where(columns == tl.load(labels + row), tl.load(label_scale + row), 0.0)
     tl.store(places, softmax.to(logits.dtype.element_ty), mask=columns < WIDTH)
