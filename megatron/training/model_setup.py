@@ -33,6 +33,7 @@ from megatron.core.parameters import initialize_parameters, local_tensor, model_
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.precision import compute_dtype
 from megatron.training.config import RunConfig
+from megatron.training.cuda_graphs import DeviceGraph, GraphedMicrobatches, check_cuda_graphs
 from megatron.training.linear_products import cached_products, check_products, has_products, install_products
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ class DistributedModel:
         self.context = context
         self.plan = plan
         check_products(config, context.device)
+        if config.compute.cuda_graphs:
+            check_cuda_graphs(config, context, sharding_strategy(config))
         self.tensor_parallel = TensorParallel.of(context, config.parallel)
         self.stages, self.data_parallel = build_stages(config, context, plan, self.tensor_parallel)
         install_products(self.stages, config, context)
@@ -161,6 +164,10 @@ class DistributedModel:
 
             self.pipeline = Pipeline(self.stages, plan, context, num_microbatches)
         self.num_microbatches = num_microbatches
+        self.graphs: GraphedMicrobatches | None = None
+        if config.compute.cuda_graphs:
+            parameters = [p.parameter for p in self.parameters]
+            self.graphs = GraphedMicrobatches(self._microbatch, parameters, DeviceGraph(context.device))
         # Weights that FSDP2 releases after each use would have whole copies in FP8.
         released = context.dp_size > 1 and sharding_strategy(config) == "optim_grads_params"
         keeps = num_microbatches > 1 and not released and not config.compute.cuda_graphs
@@ -204,21 +211,31 @@ class DistributedModel:
             product.begin_step()
         if self.pipeline is not None:
             return self.pipeline.forward_backward(batch.inputs(), factor)
+        if self.graphs is not None:
+            self.graphs.begin_step()
+        compute = self.graphs or self._microbatch
         totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         microbatches = batch.split(self.num_microbatches)
         for number, microbatch in enumerate(microbatches):
             if number > 0 and interrupted():
                 return None
             self.data_parallel[0].set_gradient_sync(number == len(microbatches) - 1)
-            losses = self.stages[0](**microbatch.inputs()).loss
-            (losses.total * factor).backward()
-            totals += torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])
+            totals += compute(microbatch, factor)
         return totals
 
+    def _microbatch(self, microbatch: TensorBatch, factor: torch.Tensor) -> torch.Tensor:
+        """Accumulate the gradients of one microbatch without a pipeline; returns its loss sums `[2]`."""
+        losses = self.stages[0](**microbatch.inputs()).loss
+        (losses.total * factor).backward()
+        return torch.stack([losses.cross_entropy.sum(), losses.z_loss.sum()])
+
     def overlap_reduction(self, enabled: bool) -> None:
-        """Let replicas sum gradients within the last backward pass of a step, as they do unless told, or after it."""
+        """Let replicas sum gradients within the last backward pass of a step, as they do unless told, or after it.
+
+        A pass that is captured is never the last one.
+        """
         for data_parallel in self.data_parallel:
-            data_parallel.overlaps = enabled
+            data_parallel.overlaps = enabled and self.graphs is None
 
     def finish_gradients(self) -> None:
         """Sum the gradients over everything that has a part in them; then every rank has what its update needs."""
