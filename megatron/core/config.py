@@ -237,7 +237,7 @@ class ComputeConfig:
     cuda_graphs: bool = False
     """Capture the passes of a microbatch as a CUDA graph and replay it, which spares the launch of each kernel."""
     gradient_accumulation_fusion: bool = False
-    """Add weight gradients to the sum over microbatches within their product, by apex."""
+    """Add weight gradients to the sum over microbatches within their product: apex's where installed, else torch's."""
     compile: bool = False
     """Compile each layer with torch.compile: slower to start, faster to run."""
     recompute_granularity: Literal["full", "selective"] | None = None

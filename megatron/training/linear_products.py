@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron.core.config import ComputeConfig
 from megatron.core.errors import UserError
-from megatron.core.extensions import apex, torchao_fp8, transformer_engine
+from megatron.core.extensions import gradient_accumulation, torchao_fp8, transformer_engine
 from megatron.core.extensions.fp8 import check_fp8
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_pipeline import SCHEDULES
@@ -52,9 +52,9 @@ def install_products(stages: Sequence[T5Model], config: RunConfig, context: Para
         return
     if compute.gradient_accumulation_fusion:
         gathers = any(isinstance(stage, FSDPModule) for stage in stages)
-        apex.check_gradient_accumulation_fusion(compute, context.device, gathers)
+        gradient_accumulation.check(compute, context.device, gathers)
         for layer, _ in _linear_layers(stages, config):
-            layer.product = apex.accumulating_linear(partial(getattr, layer, "weight"))
+            layer.product = gradient_accumulation.accumulating_linear(partial(getattr, layer, "weight"))
         return
     if compute.transformer_impl == "local":
         product = torchao_fp8.product(compute)  # one for all: layers that compute the same share compiled code

@@ -2,25 +2,20 @@
 
 Only its compiled extensions are needed, and `apex.normalization` for the norm. All tensors stay ours, so parameters,
 optimizer state and checkpoints are the same as without it. Each `check_*` says what a flag needs before a run starts;
-apex itself is imported when a kernel is called.
+apex itself is imported when a kernel is called. `gradient_accumulation` uses the last of them.
 
 Shapes: r rows, i input features, o output features, h hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron.core.config import ComputeConfig
 from megatron.core.errors import UserError
 from megatron.core.extensions.packages import installed
-from megatron.core.parameters import local_tensor
 
 # That the kernels run on; tests add the CPU, where a double computes.
 DEVICES = {"cuda"}
@@ -132,78 +127,19 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> T
 # Weight gradients
 
 
-def check_gradient_accumulation_fusion(compute: ComputeConfig, device: torch.device, gathers_parameters: bool) -> None:
-    """Raise `UserError` for a run that `accumulating_linear` does not fit.
-
-    Neither do pipeline schedules that put the gradients of weights off, which are refused for any product that computes
-    them at once.
-
-    Args:
-        compute: The run's.
-        device: Where the products run.
-        gathers_parameters: Whether FSDP2 holds the parameters, which reduces gradients of its own.
-    """
-    flag, otherwise = "--gradient-accumulation-fusion", "remove the flag"
-    others = {
-        "--compile": compute.compile,
-        "--cuda-graphs": compute.cuda_graphs,
-        "--fp8-format": compute.fp8_format is not None,
-        "--transformer-impl transformer_engine": compute.transformer_impl != "local",
-        "--data-parallel-sharding-strategy other than no_shard": gathers_parameters,
-    }
-    for other, given in others.items():
-        if given:
-            raise UserError(f"{flag} does not go with {other}; {otherwise}")
-    _require(flag, device, ["fused_weight_gradient_mlp_cuda"], otherwise)
+def has_weight_gradient_kernel() -> bool:
+    """Whether `add_weight_gradient` can be called."""
+    return installed("fused_weight_gradient_mlp_cuda")
 
 
-def accumulating_linear(parameter: Callable[[], Tensor]) -> Callable[..., Tensor]:
-    """`x W^T (+ b)` of bf16 or fp16, whose backward pass adds the weight's gradient to the parameter's in fp32.
-
-    There is no gradient in the dtype of `x`, no cast of it and no addition in a pass of its own. What has been
-    accumulated so far goes to the kernel and comes back as this pass's gradient: autograd takes it without a copy, and
-    whatever waits for a parameter's gradient to be whole is told as always.
+def add_weight_gradient(x: Tensor, gradient: Tensor, total: Tensor) -> None:
+    """`total += gradient^T x`, within the product.
 
     Args:
-        parameter: Gives the fp32 parameter, plain or a DTensor, whose local part is the weight of every call.
+        x: `[r, i]`, contiguous; bf16, fp16 or fp32.
+        gradient: `[r, o]`, contiguous, in the dtype of `x`.
+        total: `[o, i]`, contiguous, fp32.
     """
+    import fused_weight_gradient_mlp_cuda
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not (torch.is_grad_enabled() and weight.requires_grad):
-            return F.linear(x, weight.to(x.dtype), bias)
-        product: Tensor = _AccumulatingLinear.apply(x, weight, parameter)
-        return product if bias is None else product + bias
-
-    return linear
-
-
-class _AccumulatingLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, parameter: Callable[[], Tensor]) -> Tensor:
-        assert weight.dtype == torch.float32
-        cast = weight.to(x.dtype)
-        ctx.save_for_backward(x, cast)
-        ctx.parameter = parameter
-        return F.linear(x, cast)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        import fused_weight_gradient_mlp_cuda as kernels
-
-        x, cast = ctx.saved_tensors
-        x_gradient = gradient @ cast if ctx.needs_input_grad[0] else None
-        total = _take_gradient(ctx.parameter())  # [o, i]
-        if total is None:
-            total = torch.zeros_like(cast, dtype=torch.float32)
-        kernels.wgrad_gemm_accum_fp32(x.flatten(0, -2).contiguous(), gradient.flatten(0, -2).contiguous(), total)
-        return x_gradient, total, None
-
-
-def _take_gradient(parameter: Tensor) -> Tensor | None:
-    """This rank's part of what has been accumulated, which is no longer the parameter's."""
-    gradient = parameter.grad
-    if gradient is None:
-        return None
-    parameter.grad = None
-    return local_tensor(gradient).contiguous()
+    fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x, gradient, total)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron.core.config import ComputeConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron.core.distributed import DataParallel
 from megatron.core.errors import UserError
-from megatron.core.extensions import apex
+from megatron.core.extensions import apex, gradient_accumulation
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_sharding import shard_t5
 from megatron.core.optimizer import build_optimizer
@@ -169,7 +169,7 @@ def gradients(fused, compute, context=None, parallel=None, data_parallel=False):
     layers = [each for each in itertools.chain(*(b.modules() for b in model.blocks)) if isinstance(each, Linear)]
     if fused:
         for layer in layers:
-            layer.product = apex.accumulating_linear(partial(getattr, layer, "weight"))
+            layer.product = gradient_accumulation.accumulating_linear(partial(getattr, layer, "weight"))
     rows = torch.randint(1, 64, (6, 21), generator=torch.Generator().manual_seed(5))
     for number, part in enumerate(rows.split(2)):
         if replicas is not None:
@@ -190,9 +190,32 @@ def assert_same(values, expected, tolerance):
         assert ((values[name] - value).norm() / value.norm()).item() < tolerance, name
 
 
+@pytest.fixture(params=["apex", "torch"])
+def kernel(request, monkeypatch):
+    """Which product it is; torch's exists for GPUs only."""
+    if request.param == "apex":
+        apex_double.install(monkeypatch.setitem, monkeypatch.setattr)
+        yield
+        return
+    library = torch.library.Library("aten", "IMPL")
+
+    def mm(left, right, out_dtype):
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    def addmm_out(total, left, right, out_dtype, *, beta=1, alpha=1, out):
+        assert out.data_ptr() == total.data_ptr() and beta == alpha == 1
+        return out.add_(mm(left, right, out_dtype))
+
+    library.impl("mm.dtype", mm, "CPU")
+    library.impl("addmm.dtype_out", addmm_out, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("granularity", [None, "full"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_accumulated_weight_gradients(double, bf16, granularity):
+def test_accumulated_weight_gradients(bf16, granularity):
     compute = ComputeConfig(bf16=bf16, recompute_granularity=granularity)
     assert_same(gradients(True, compute), gradients(False, compute), 1e-2 if bf16 else 1e-5)
 
@@ -218,12 +241,12 @@ def test_accumulated_weight_gradients_on_two_ranks(tensor_ranks):
         ({"fp8_format": "hybrid", "bf16": True}, False, "does not go with --fp8-format"),
         ({"cuda_graphs": True}, False, "does not go with --cuda-graphs"),
         ({}, True, "does not go with --data-parallel-sharding-strategy other than no_shard"),
-        ({}, False, "needs a GPU, and this run is on cpu; remove the flag"),
+        ({}, False, "needs a GPU, and this run is on cpu; remove it"),
     ],
 )
 def test_refusals_of_accumulation(options, gathers, message):
     with pytest.raises(UserError, match=f"--gradient-accumulation-fusion {message}"):
-        apex.check_gradient_accumulation_fusion(ComputeConfig(**options), torch.device("cpu"), gathers)
+        gradient_accumulation.check(ComputeConfig(**options), torch.device("cpu"), gathers)
 
 
 @pytest.mark.parametrize(
