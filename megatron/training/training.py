@@ -253,7 +253,8 @@ class Trainer:
     def _settle(self, last_step: int | None = None) -> None:
         """Find out about the steps up to `last_step`, or all, that the device has decided on; all ranks together.
 
-        What is told or saved about the run comes after it. One skip too many is raised when all are counted.
+        What is told or saved about the run comes after it, as does what is left out of the time of steps, so that these
+        are over. One skip too many is raised when all are counted.
         """
         if self.verdicts is None:
             return
@@ -312,12 +313,15 @@ class Trainer:
 
     def _profile_from(self, step: int) -> None:
         """Record this step and those that follow, if it is the first that is to be."""
+        if step == self.profiler.first_step:
+            self._settle()
         start = time.perf_counter()
         self.profiler.before_step(step)
         self.window.leave_out(time.perf_counter() - start)
 
     def _end_profile(self) -> None:
         """Write what the profiled steps took."""
+        self._settle()
         start = time.perf_counter()
         if row := self.profiler.finish(self.progress.iteration):
             self.reports.write({"iteration": self.progress.iteration} | row)
@@ -385,8 +389,8 @@ class Trainer:
 
     def _evaluate(self, splits: Sequence[str]) -> None:
         """Evaluate on these splits; the progress remembers those that a wish to stop left out."""
+        self._settle()  # the wait for the steps so far is part of their time
         start = time.perf_counter()
-        self._settle()
         with self.profiler.phase(Phase.EVALUATION):
             self.progress.pending_evaluations = [split for split in splits if not self.evaluate(split)]
         self.window.leave_out(time.perf_counter() - start)
@@ -426,8 +430,8 @@ class Trainer:
         """Save a checkpoint, if the run saves any; with `--async-save`, begin to."""
         if self.saver is None:
             return
-        start = time.perf_counter()
         self._settle()
+        start = time.perf_counter()
         if self.model.shared is not None:
             self.model.shared.check_equal()
         self.progress.loss_scaler = self.loss_scaler.state

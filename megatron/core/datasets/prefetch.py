@@ -60,6 +60,8 @@ class Prefetcher:
             device: Where the batches go.
             ahead: Batches that are ready at most; 0 makes each when it is asked for, without a thread.
         """
+        if device.type == "cuda" and device.index is None:  # the thread has a current GPU of its own
+            device = torch.device("cuda", torch.cuda.current_device())
         self.loader, self.ahead, self._device = loader, ahead, device
         self._changed = threading.Condition()
         # Guarded by the condition; those that are ready follow each other, and `_next` follows them.
@@ -140,7 +142,7 @@ class Prefetcher:
         batch = self.loader.step_batch(first_sample)
         if self._device.type != "cuda":
             return _Copy(batch.to(self._device), None)
-        torch.cuda.set_device(self._device)  # of this thread; it would take the first GPU, of another process
+        torch.cuda.set_device(self._device)  # of this thread, or it would take the first GPU, of another process
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         with torch.cuda.stream(self._stream):
