@@ -78,6 +78,22 @@ class autocast:  # noqa: N801
             CALLS.append(("update", self._group))
 
 
+UNAVAILABLE: set[str] = set()
+
+
+def is_fp8_available(return_reason: bool = False) -> bool | tuple[bool, str]:
+    return (True, "") if return_reason else True
+
+
+def is_mxfp8_available(return_reason: bool = False) -> bool | tuple[bool, str]:
+    reason = "Device compute capability 10.0 or higher required for MXFP8 execution." if "mxfp8" in UNAVAILABLE else ""
+    return (not reason, reason) if return_reason else not reason
+
+
+def is_fp8_block_scaling_available(return_reason: bool = False) -> bool | tuple[bool, str]:
+    return (True, "") if return_reason else True
+
+
 class Linear(nn.Module):
     def __init__(
         self,
@@ -228,6 +244,7 @@ def layernorm_fwd(
 def layernorm_bwd(
     dz: Tensor, x: Tensor, mu: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin: int, zero: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    assert dz.dim() == x.dim() == 2 and dz.is_contiguous() and x.is_contiguous() and dz.dtype == x.dtype
     normed = (x.float() - mu[:, None]) * rsigma[:, None]
     scaled = dz.float() * gamma.float()
     means = scaled.mean(-1, keepdim=True) + normed * (scaled * normed).mean(-1, keepdim=True)
@@ -243,7 +260,10 @@ MODULES = {
     "transformer_engine.common.recipe": (
         "Format", "DelayedScaling", "Float8CurrentScaling", "MXFP8BlockScaling", "Float8BlockScaling",
     ),
-    "transformer_engine.pytorch": ("autocast", "Linear", "DotProductAttention"),
+    "transformer_engine.pytorch": (
+        "autocast", "Linear", "DotProductAttention",
+        "is_fp8_available", "is_mxfp8_available", "is_fp8_block_scaling_available",
+    ),
     "transformer_engine.pytorch.constants": ("TE_DType",),
     "transformer_engine_torch": ("rmsnorm_fwd", "rmsnorm_bwd", "layernorm_fwd", "layernorm_bwd"),
 }  # fmt: skip

@@ -77,6 +77,8 @@ def check(compute: ComputeConfig, parallel: ParallelConfig, device: torch.device
         raise UserError(f"{FLAG} computes on {' and '.join(DEVICES)}, and this run is on {device.type}; {LOCAL}")
     if (reason := problem()) is not None:
         raise UserError(f"{FLAG} {reason}; complete the installation (docs/how-to/fp8.md) or {LOCAL}")
+    if compute.fp8_format is not None:
+        _check_recipe(compute.fp8_recipe)
     schedule, delayed = parallel.pipeline_schedule, compute.fp8_recipe == "delayed" and compute.fp8_format is not None
     refusals = (
         (compute.compile, "--compile", "its layers are kernels already"),
@@ -91,6 +93,15 @@ def check(compute: ComputeConfig, parallel: ParallelConfig, device: torch.device
     for applies, flag, why in refusals:
         if applies:
             raise UserError(f"{flag} does not go with {FLAG} ({why}); remove one of them")
+
+
+def _check_recipe(name: str) -> None:
+    """Raise `UserError` for a recipe that the package does not have on this GPU, with this CUDA."""
+    package: Any = import_module("transformer_engine.pytorch")
+    kinds = {"mxfp8": package.is_mxfp8_available, "blockwise": package.is_fp8_block_scaling_available}
+    available, reason = kinds.get(name, package.is_fp8_available)(return_reason=True)
+    if not available:
+        raise UserError(f"--fp8-recipe {name} is not to be had here: {reason.rstrip('.')}; choose another or remove it")
 
 
 def check_norm(device: torch.device) -> None:
@@ -229,11 +240,16 @@ class LinearProduct:
 # the kernels that they call.
 
 
+def _rows(x: Tensor) -> Tensor:
+    """`[..., h]` to contiguous `[r, h]`."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         kernels, dtypes = _norm_kernels()
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         normed, _, scales = kernels.rmsnorm_fwd(rows, weight, epsilon, None, None, dtypes[x.dtype], 0, False)
         ctx.save_for_backward(x, weight, scales)
         result: Tensor = normed.view(x.shape)
@@ -243,8 +259,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scales = ctx.saved_tensors
         kernels, _ = _norm_kernels()
-        rows, gradient = (each.reshape(-1, x.shape[-1]) for each in (x, gradient))
-        x_gradient, weight_gradient = kernels.rmsnorm_bwd(gradient, rows, scales, weight, 0, False)
+        x_gradient, weight_gradient = kernels.rmsnorm_bwd(_rows(gradient), _rows(x), scales, weight, 0, False)
         return x_gradient.view(x.shape), weight_gradient, None
 
 
@@ -252,7 +267,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
         kernels, dtypes = _norm_kernels()
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         arguments = (rows, weight, bias, epsilon, None, None, dtypes[x.dtype], 0, False)
         normed, means, scales = kernels.layernorm_fwd(*arguments)
         ctx.save_for_backward(x, weight, means, scales)
@@ -263,9 +278,8 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, means, scales = ctx.saved_tensors
         kernels, _ = _norm_kernels()
-        rows, gradient = (each.reshape(-1, x.shape[-1]) for each in (x, gradient))
-        gradients = kernels.layernorm_bwd(gradient, rows, means, scales, weight, 0, False)
-        x_gradient, weight_gradient, bias_gradient = gradients
+        arguments = (_rows(gradient), _rows(x), means, scales, weight, 0, False)
+        x_gradient, weight_gradient, bias_gradient = kernels.layernorm_bwd(*arguments)
         return x_gradient.view(x.shape), weight_gradient, bias_gradient, None
 
 

@@ -110,6 +110,10 @@ def test_the_real_package_exports_the_names(sources: Path) -> None:
     exported = (sources / "pytorch/__init__.py").read_text()
     for name in double.MODULES["transformer_engine.pytorch"]:
         assert f"import {name}\n" in exported, name
+    questions = ast.parse((sources / "pytorch/quantization.py").read_text()).body
+    asked = {node.name: node.args for node in questions if isinstance(node, ast.FunctionDef)}
+    for name in ("is_fp8_available", "is_mxfp8_available", "is_fp8_block_scaling_available"):
+        assert [argument.arg for argument in asked[name].args] == ["return_reason"]
     assert "TE_DType = {" in (sources / "pytorch/constants.py").read_text()
     # Of the compiled functions, how the package itself calls them.
     for file, names in {
@@ -226,7 +230,7 @@ def test_norms(calls: list[Any], kind: str, dtype: torch.dtype, output: torch.dt
         result = transformer_engine.layer_norm(x, *parameters, 1e-6, output)
         expected = F.layer_norm(x, (10,), *parameters, 1e-6).to(output)
     torch.testing.assert_close(result, expected)
-    weighting = torch.randn_like(result)
+    weighting = torch.randn(10, dtype=output).expand(result.shape)  # not contiguous
     inputs = (x, *parameters)
     expected_gradients = torch.autograd.grad(expected, inputs, weighting)
     for found, wanted in zip(torch.autograd.grad(result, inputs, weighting), expected_gradients, strict=True):
@@ -320,6 +324,14 @@ def test_what_it_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         transformer_engine.check(compute(**options), ParallelConfig(**layout), CPU)
+
+
+def test_a_recipe_that_the_package_does_not_have_here(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = compute(bf16=True, fp8_format="e4m3", fp8_recipe="mxfp8")
+    transformer_engine.check(options, ParallelConfig(), CPU)
+    monkeypatch.setattr(double, "UNAVAILABLE", {"mxfp8"})
+    with pytest.raises(UserError, match="--fp8-recipe mxfp8 is not to be had here: Device compute capability 10.0"):
+        transformer_engine.check(options, ParallelConfig(), CPU)
 
 
 def test_a_run_without_gpus_is_refused(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
