@@ -24,9 +24,12 @@ from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import initialize_parameters, local_tensor, model_parameters
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.tensor_parallel.layers import Linear
+from megatron.training.arguments import parse_args
+from megatron.training.training import pretrain_in
 from tests import apex_double
 from tests.core.optimizer import test_optimizers as cases
 from tests.distributed import run_distributed
+from tests.training.test_pretrain import TINY, rows
 
 CPU = ParallelContext(torch.device("cpu"))
 
@@ -49,6 +52,7 @@ BINDINGS = {
         )
     },
 }
+APEX_FLAGS = ["--optimizer-backend", "apex", "--norm-backend", "apex"]
 NORM = "input weight normalized_shape eps memory_efficient"  # of fused_rms_norm_affine
 
 
@@ -119,6 +123,16 @@ def test_adam(double, name):
         torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6 * value.abs().max().item())
 
 
+def test_a_run(double, byte_dataset, tmp_path):
+    """All of apex by flags, several microbatches a step: the same losses as torch's."""
+    runs = {"torch": [], "apex": [*APEX_FLAGS, "--gradient-accumulation-fusion"]}
+    for name, flags in runs.items():
+        arguments = [*TINY, "--data-path", str(byte_dataset), "--train-iters", "4", "--eval-iters", "0", *flags]
+        arguments += ["--micro-batch-size", "2", "--global-batch-size", "4", "--metrics-file", str(tmp_path / name)]
+        assert pretrain_in(CPU, parse_args(arguments).config) == 0
+    assert rows(tmp_path / "apex") == pytest.approx(rows(tmp_path / "torch"), rel=1e-4)
+
+
 def test_no_adafactor(double):
     model = cases.fused_model(torch.float32)
     config = OptimizerConfig(optimizer="adafactor", optimizer_backend="apex")
@@ -170,8 +184,8 @@ def gradients(fused, compute, context=None, parallel=None, data_parallel=False):
     if fused:
         for layer in layers:
             layer.product = gradient_accumulation.accumulating_linear(partial(getattr, layer, "weight"))
-    rows = torch.randint(1, 64, (6, 21), generator=torch.Generator().manual_seed(5))
-    for number, part in enumerate(rows.split(2)):
+    words = torch.randint(1, 64, (6, 21), generator=torch.Generator().manual_seed(5))
+    for number, part in enumerate(words.split(2)):
         if replicas is not None:
             part = part[context.dp_rank :: context.dp_size]
             replicas.set_gradient_sync(number == 2)

@@ -1,6 +1,7 @@
 """FP8 products by torchao, emulated on the CPU, against fp32 and bf16; and which runs FP8 is refused for."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from megatron.core.compilation import compile_layers
 from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
 from megatron.core.distributed import DataParallel
 from megatron.core.errors import UserError
-from megatron.core.extensions import packages, torchao_fp8
+from megatron.core.extensions import fp8, packages, torchao_fp8
 from megatron.core.extensions.fp8 import check_fp8
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_sharding import shard_t5
@@ -17,7 +18,11 @@ from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import initialize_parameters, local_tensor
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.tensor_parallel.layers import Linear
+from megatron.training import linear_products, model_setup
+from megatron.training.arguments import parse_args
+from megatron.training.training import pretrain_in
 from tests.distributed import run_distributed
+from tests.training.test_pretrain import TINY, rows
 
 needs_torchao = pytest.mark.skipif(not packages.installed("torchao"), reason="torchao is not installed")
 SIZES = {"num_attention_heads": 2, "kv_channels": 16, "vocab_size": 64, "make_vocab_size_divisible_by": 1}
@@ -76,11 +81,11 @@ def build(compute, context=None, parallel=None, strategy=None):
 
 def losses(model, data_parallel=None, steps=8, rank=0, ranks=1):
     """Training losses of always the same rows, with torch's Adam, and the gradients of the first step."""
-    rows = torch.randint(1, 64, (4, 21), generator=torch.Generator().manual_seed(5))[rank::ranks]
+    words = torch.randint(1, 64, (4, 21), generator=torch.Generator().manual_seed(5))[rank::ranks]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     values, first = [], {}
     for _ in range(steps):
-        total = model(rows[:, :11], rows[:, 11:20], rows[:, 12:]).loss.total.sum() / (4 * 9)
+        total = model(words[:, :11], words[:, 11:20], words[:, 12:]).loss.total.sum() / (4 * 9)
         total.backward()
         if data_parallel is not None:
             data_parallel.reduce_gradients()
@@ -140,6 +145,31 @@ def test_layouts(layout, option):
     alone, _ = losses(build(compute_config())[0])
     for values in run_distributed(layout, 2, option):
         assert values == pytest.approx(alone, rel=0.03)
+
+
+@needs_torchao
+def test_a_run(byte_dataset, tmp_path, monkeypatch):
+    """By flags: the first and last layer of each stack stay in bf16, and so does all that is no block."""
+    taking_part = []
+
+    def install(stages, config, context):
+        linear_products.install_products(stages, config, context)
+        modules = stages[0].named_modules()
+        taking_part[:] = [name for name, each in modules if isinstance(each, Linear) and each.product is not None]
+
+    monkeypatch.setattr(model_setup, "install_products", install)
+    monkeypatch.setattr(fp8, "_check_device", lambda compute, device: None)
+    monkeypatch.setattr(torchao_fp8, "product", partial(torchao_fp8.product, emulate=True))
+    sizes = ["--encoder-num-layers", "3", "--kv-channels", "16", "--ffn-hidden-size", "32"]
+    found = []
+    for flags in ([], ["--fp8-format", "hybrid", "--first-last-layers-bf16"]):
+        metrics = tmp_path / f"{len(found)}.jsonl"
+        arguments = [*TINY, *sizes, "--data-path", str(byte_dataset), "--train-iters", "4", "--eval-iters", "0"]
+        config = parse_args([*arguments, "--bf16", "--metrics-file", str(metrics), *flags]).config
+        assert pretrain_in(ParallelContext(CPU), config) == 0
+        found.append(rows(metrics))
+    assert {name.rsplit(".", 2)[0] for name in taking_part} == {"encoder.layers.1"}
+    assert found[1] != found[0] and found[1] == pytest.approx(found[0], rel=0.03)
 
 
 CPU = torch.device("cpu")
