@@ -40,10 +40,11 @@ from megatron.core.extensions.triton_attention_kernels import (
 
 @triton.jit
 def query_gradient_tiles(
-    sums, left_sums, right_sums, query, gradient, statistics, delta, key, value, key_stride, value_stride, bias, constant,
-    key_segments, rows, row_ids, seed, item, threshold, kept_scale, scale, keys, left_end, right_begin, begin, end,
-    KIND: tl.constexpr, EDGE: tl.constexpr, FAR_SUMS: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
-    DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    sums, left_sums, right_sums, query, gradient, statistics, delta, key, value, key_stride, value_stride, bias,
+    constant, key_segments, rows, row_ids, seed, item, threshold, kept_scale, scale, keys, left_end, right_begin,
+    begin, end, KIND: tl.constexpr, EDGE: tl.constexpr, FAR_SUMS: tl.constexpr, CAUSAL: tl.constexpr,
+    SEGMENTS: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys [begin, end) give to the gradient of a tile of queries, and far scores' gradients by row."""
     for start in range(begin, end, N):
@@ -182,7 +183,7 @@ def key_gradient_tiles(
         gradient_tile = load_tile(gradient, rows, start, gradient_stride, HEAD_DIM, WIDTH)
         # Of queries past the end all probabilities are 0.
         row_statistics = tl.load(statistics + places, mask=places < queries, other=float("inf"))
-        row_delta = tl.load(delta + rows)
+        row_delta = tl.load(delta + places, mask=places < queries, other=0.0)
         products = tl.dot(key, tl.trans(query_tile), input_precision=PRECISION)  # [N, M]
         scores = biased(products, rows[None, :], columns[:, None], bias, constant, scale, KIND)
         row_ids = rows
@@ -259,16 +260,16 @@ def attention_key_gradient(
         begin = tl.maximum(begin, start // M * M)
         near_begin = tl.maximum(begin, tl.minimum((start + N - 1 + M - 1) // M * M, end))
         key_sums, value_sums = key_gradient_tiles(
-            key_sums, value_sums, key_tile, value_tile, query, gradient, statistics, delta, query_stride, gradient_stride,
-            bias, 0.0, query_segments, columns, column_ids, drawn, item, threshold, kept_scale, scale, queries, keys,
-            begin, near_begin, NEAR, True, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
+            key_sums, value_sums, key_tile, value_tile, query, gradient, statistics, delta, query_stride,
+            gradient_stride, bias, 0.0, query_segments, columns, column_ids, drawn, item, threshold, kept_scale,
+            scale, queries, keys, begin, near_begin, NEAR, True, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
         )  # fmt: skip
     elif FAR:  # the keys lie far after these queries
         near_begin = tl.maximum(begin, tl.minimum(tl.maximum(start - constant_beyond + 1, 0) // M * M, end))
         key_sums, value_sums = key_gradient_tiles(
-            key_sums, value_sums, key_tile, value_tile, query, gradient, statistics, delta, query_stride, gradient_stride,
-            bias, right, query_segments, columns, column_ids, drawn, item, threshold, kept_scale, scale, queries, keys,
-            begin, near_begin, CONSTANT, False, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
+            key_sums, value_sums, key_tile, value_tile, query, gradient, statistics, delta, query_stride,
+            gradient_stride, bias, right, query_segments, columns, column_ids, drawn, item, threshold, kept_scale,
+            scale, queries, keys, begin, near_begin, CONSTANT, False, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
         )  # fmt: skip
     if FAR:
         left_begin = (start + N - 1 + constant_beyond + M - 1) // M * M
@@ -280,9 +281,9 @@ def attention_key_gradient(
     )  # fmt: skip
     if FAR:
         key_sums, value_sums = key_gradient_tiles(
-            key_sums, value_sums, key_tile, value_tile, query, gradient, statistics, delta, query_stride, gradient_stride,
-            bias, left, query_segments, columns, column_ids, drawn, item, threshold, kept_scale, scale, queries, keys,
-            near_end, end, CONSTANT, False, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
+            key_sums, value_sums, key_tile, value_tile, query, gradient, statistics, delta, query_stride,
+            gradient_stride, bias, left, query_segments, columns, column_ids, drawn, item, threshold, kept_scale,
+            scale, queries, keys, near_end, end, CONSTANT, False, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
         )  # fmt: skip
     key_gradient = item_base(key_gradient, batch, head, key_gradient_batch, key_gradient_head)
     value_gradient = item_base(value_gradient, batch, head, value_gradient_batch, value_gradient_head)
@@ -412,7 +413,7 @@ def sum_diagonals(
     sums = tl.zeros([BLOCK], tl.float32)
     in_upper = (place >= 0) & (upper >= 0) & (upper < offsets)
     in_lower = (place >= 0) & (upper >= 1) & (upper <= offsets)
-    for split in range(0, splits):
+    for split in range(splits):
         sums += tl.load(base + (upper * splits + split) * (2 * T) + within, mask=in_upper, other=0.0)
         sums += tl.load(base + ((upper - 1) * splits + split) * (2 * T) + T + within, mask=in_lower, other=0.0)
     if FAR:
