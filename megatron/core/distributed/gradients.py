@@ -109,7 +109,8 @@ def _sum(squares: torch.Tensor) -> torch.Tensor:
 def gradient_divisor(norm: torch.Tensor, max_norm: float, loss_scale: float = 1.0) -> torch.Tensor | None:
     """What the optimizer divides all gradients by, to take out the loss scale and clip them; None: by nothing.
 
-    Without a copy to the host when the gradients are on a GPU. A non-finite norm must have been dealt with before.
+    Without a copy to the host when the gradients are on a GPU. Of a norm that is not finite it means nothing: such a
+    step is to be skipped.
 
     Args:
         norm: Of the gradients without the loss scale, as `global_grad_norm` returns it.

@@ -82,7 +82,7 @@ def trace_step(flags: str, has_segments: bool) -> None:
         assert sums.device == context.device
         model.finish_gradients()
         norm = global_grad_norm(model.parameters, context, 1.0, sums)
-        optimizer.step(1e-2, gradient_divisor(norm, 1.0))
+        optimizer.step(1e-2, gradient_divisor(norm, 1.0), skip=norm.isfinite().logical_not())
         assert norm.device == context.device
         assert all(p.parameter.grad.device == context.device for p in model.parameters)
         optimizer.zero_grad()
