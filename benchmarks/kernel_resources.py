@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 import triton
+from attention_contenders import Shape
+from attention_launches import launches
 from report import publish
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -99,42 +101,15 @@ def resources(source: ASTSource, capability: int, warps: int, stages: int) -> tu
 
 
 def attention_launches(
-    capability: int, dtype: torch.dtype, head_dim: int, *, bias: bool = True, causal: bool = False,
-    segments: bool = False, dropout: float = 0.0, tiles: Any = None,
-) -> Iterator[tuple[Any, Any]]:  # fmt: skip
-    """Launches of all kernels of attention for a fused projection of 16 rows of 512 tokens, and their tiles."""
-    from megatron.core.extensions import triton_attention as ours
+    capability: int, dtype: torch.dtype, head_dim: int, *, causal: bool = False, **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Launches of all kernels of attention of 16 rows of 512 tokens, and their tiles."""
+    from megatron.core.extensions.triton_attention import choose_tiles
 
-    batch, length, heads = 16, 512, 12
-    meta = torch.device("meta")
-    fused = torch.empty(batch, length, heads, 3, head_dim, dtype=dtype, device=meta)
-    statistics = torch.empty(batch, heads, length, device=meta)
-    context = torch.empty(batch, length, heads, head_dim, dtype=dtype, device=meta)
-    ids = torch.empty(batch, length, dtype=torch.int32, device=meta) if segments else None
-    tiles = tiles or ours.choose_tiles((capability // 10, capability % 10), head_dim, dtype.itemsize)
-    problem = ours.Problem.of(
-        fused, None, None,
-        torch.empty(heads, 2 * length - 1, device=meta) if bias else None, ids, ids,
-        torch.empty(1, dtype=torch.int64, device=meta) if dropout else None,
-        causal, 1.0, 128 if bias else None, dropout, tiles=tiles,
-    )  # fmt: skip
-    query, key, value = torch.empty_like(fused).unbind(-2)
-    yield ours.forward_launch(problem, context, statistics), tiles.forward
-    far_sums = torch.empty(2, heads, batch * -(-length // tiles.queries.rows), device=meta) if bias else None
-    yield (
-        ours.query_gradient_launch(problem, context, context, statistics, statistics, query, far_sums),
-        tiles.queries,
-    )
-    yield ours.key_gradient_launch(problem, context, statistics, statistics, key, value), tiles.keys
-    if bias:
-        sums = ours.BiasSums.of(problem)
-        partial_sums = torch.empty(sums.shape(heads), device=meta)
-        result = torch.empty(heads, 2 * length - 1, device=meta)
-        yield (
-            ours.bias_gradient_launch(problem, sums, context, statistics, statistics, partial_sums),
-            tiles.bias,
-        )
-        yield ours.sum_launch(problem, sums, partial_sums, far_sums, result), None
+    tiles = choose_tiles((capability // 10, capability % 10), head_dim, dtype.itemsize)
+    shape = Shape(16, 12, 512, head_dim, causal, dtype)
+    for name, launch in launches(shape, torch.device("meta"), tiles=tiles, **options).items():
+        yield launch, getattr(tiles, name, None)
 
 
 def attention_rows(
