@@ -10,7 +10,6 @@ in the environment the kernels run on CPUs, slowly, for tests.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
@@ -22,10 +21,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megatron.core.extensions.triton_interpreter import INTERPRETED
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = torch.library.Library("megatron_t5", "FRAGMENT")
-# Triton reads the variable when the kernels are imported.
-DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 # Numbers of a row, units, or logits that a program handles at once.
 NORM_BLOCK, UNITS_BLOCK, LOGITS_BLOCK = 4096, 1024, 4096
 

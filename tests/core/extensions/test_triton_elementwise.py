@@ -67,6 +67,14 @@ def test_rms_norm_of_wide_rows(width: int) -> None:
 
 
 @interpreted
+def test_the_norm_rounds_as_torch_s_operations() -> None:
+    """The weight multiplies in the input's precision. (In fp16: the interpreter does not round bf16 to nearest.)"""
+    x, weight = draw(20, 768, dtype=HALF), draw(768, seed=1)
+    found, expected = (module.rms_norm(x, weight, 1e-6, HALF) for module in (ours, torch_elementwise))
+    assert (found == expected).float().mean() > 0.99
+
+
+@interpreted
 @pytest.mark.parametrize(("dtype", "output"), [(FLOAT, FLOAT), (BRAIN, BRAIN), (FLOAT, HALF)])
 @pytest.mark.parametrize("width", [1, 70, 768])
 def test_sum_and_norm(width: int, dtype: torch.dtype, output: torch.dtype) -> None:
