@@ -70,7 +70,7 @@ class Rows:
 def cases(tiny: bool) -> list[Shape]:
     """Shapes, the most important first."""
     if tiny:
-        return [Shape(2, 2, 40, 16, causal, torch.float32) for causal in (False, True)]
+        return [Shape(2, 1, 20, 16, True, torch.float32)]
     shapes = []
     for causal, channels, length in product((False, True), (64, 128), (512, 1024, 2048, 4096)):
         shapes.append(Shape(TOKENS // length, HEADS, length, channels, causal))
@@ -184,7 +184,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seconds", type=float, default=330.0, help="start no further case after this long")
-    parser.add_argument("--tiny", action="store_true", help="two small cases")
+    parser.add_argument("--tiny", action="store_true", help="a small case")
     parser.add_argument("--variants", action="store_true", help="time tile sizes of our kernels instead")
     return parser.parse_args()
 
