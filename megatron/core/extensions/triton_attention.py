@@ -1,8 +1,8 @@
-"""Attention on GPUs, in Triton: a position bias that depends on the distance of key and query stays a vector throughout.
+"""Attention on GPUs, in Triton: a bias that depends on the distance of key and query stays a vector throughout.
 
 The forward pass gathers the bias from the vector; the backward pass sums its gradient along diagonals, always in the
-same order, with nothing as large as the scores in between. Beyond a distance from which the bias is constant, tiles need
-one number. Tiles that segments or a causal mask hide are skipped.
+same order, with nothing as large as the scores in between. Beyond a distance from which the bias is constant, tiles
+need one number. Tiles that segments or a causal mask hide are skipped.
 
 Triton's interpreter runs the same kernels on CPUs, for tests: TRITON_INTERPRET=1 in the environment, before Triton is
 imported.
@@ -28,7 +28,8 @@ from megatron.core.extensions.projections import (
     with_equal_batches,
 )
 from megatron.core.extensions.score_bias import ScoreBias
-from megatron.core.extensions.triton_interpreter import INTERPRETED, repair_loop_bounds
+from megatron.core.extensions.triton_attention_tiles import Tile, Tiles, choose_tiles, padded
+from megatron.core.extensions.triton_interpreter import INTERPRETED, repair_interpreter
 
 LOG2_E = math.log2(math.e)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,66 +47,12 @@ LIBRARY.define(
 )
 
 
-class Tile(NamedTuple):
-    """Of one kernel: rows (queries) and columns (keys) of a tile, warps, and stages of the pipeline of loads."""
-
-    rows: int
-    columns: int
-    warps: int = 4
-    stages: int = 2
-
-
-class Tiles(NamedTuple):
-    """Tiles of the kernels: forward, gradients of keys and values, gradient of queries, gradient of the bias.
-
-    The bias's are square, their side is the columns of the queries' gradient, and divides the rows of that: both kernels
-    have to agree on what is far.
-    """
-
-    forward: Tile
-    keys: Tile
-    queries: Tile
-    bias: Tile
-
-
-# By bytes of an element and padded head width; compute capability 9 and above have more registers' worth of matrix
-# units a warp group, 8.x less shared memory.
-TILES_OF_HOPPER = {
-    (2, 64): Tiles(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-    (2, 128): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-    (2, 256): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
-    (4, 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (4, 128): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (4, 256): Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-}
-TILES_OF_AMPERE = {
-    (2, 64): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    (2, 128): Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (2, 256): Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (4, 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (4, 128): Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-    (4, 256): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
-}
-# Small, so that short sequences have many tiles.
-TILES_OF_INTERPRETER = Tiles(Tile(32, 16), Tile(16, 32), Tile(32, 16), Tile(16, 16))
 # Programs that share the near tiles' sums, enough to fill any GPU of today.
 BIAS_PROGRAMS = 2048
 # Workspace of the sums a diagonal of tiles may take at any length, in splits.
 FREE_SPLITS = 8
 SUMMED_DIAGONALS = 128
 SCANNED_SEGMENTS = 512
-
-
-def choose_tiles(capability: tuple[int, int] | None, head_dim: int, element_size: int) -> Tiles:
-    """Tiles for a compute capability (None: the interpreter); nothing is tried out, so all ranks agree at once."""
-    if capability is None:
-        return TILES_OF_INTERPRETER
-    table = TILES_OF_HOPPER if capability in ((9, 0), (10, 0), (10, 3)) else TILES_OF_AMPERE
-    return table[element_size, max(64, _padded(head_dim))]
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 class Launch(NamedTuple):
@@ -119,7 +66,7 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Launches on the current stream of the current device."""
         if INTERPRETED:
-            repair_loop_bounds()
+            repair_interpreter()
         self.kernel[self.grid](*self.arguments, **self.meta)
 
 
@@ -148,7 +95,10 @@ class Problem(NamedTuple):
         query_segments: Tensor | None,
         key_segments: Tensor | None,
         seed: Tensor | None,
-        *options: Any,
+        causal: bool,
+        scale: float,
+        constant_beyond: int | None,
+        dropout: float,
         tiles: Tiles | None = None,
     ) -> Problem:
         """Of the operator's inputs; `tiles` None: those for the device."""
@@ -156,11 +106,12 @@ class Problem(NamedTuple):
         _check(query, key, value, diagonals, query_segments, key_segments)
         if diagonals is not None:
             diagonals = diagonals.contiguous() * LOG2_E
-        ids = [None if tensor is None else tensor.contiguous() for tensor in (query_segments, key_segments)]
+        query_ids, key_ids = (None if ids is None else ids.contiguous() for ids in (query_segments, key_segments))
         if tiles is None:
             capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
             tiles = choose_tiles(capability, query.shape[-1], query.element_size())
-        return Problem(query, key, value, diagonals, *ids, seed, *options, tiles)
+        options = (causal, scale, constant_beyond, dropout, tiles)
+        return Problem(query, key, value, diagonals, query_ids, key_ids, seed, *options)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -186,7 +137,7 @@ class Problem(NamedTuple):
 
     def dropout_numbers(self) -> tuple[int, float]:
         """The bound of 31 random bits from which a probability is kept, and what kept ones are multiplied by."""
-        return round(self.dropout * 2**31), 1.0 / (1.0 - self.dropout)
+        return _kept_from(self.dropout), 1.0 / (1.0 - self.dropout)
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         """Constants that all kernels over tiles take, and how they are launched."""
@@ -198,11 +149,15 @@ class Problem(NamedTuple):
             "SEGMENTS": 0 if self.key_segments is None else 1 if self.query_segments is None else 2,
             "DROPOUT": self.dropout > 0.0,
             "HEAD_DIM": channels,
-            "WIDTH": _padded(channels),
+            "WIDTH": padded(channels),
             "PRECISION": "ieee" if exact else "tf32",
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
+
+
+def _kept_from(dropout: float) -> int:
+    return round(dropout * 2**31)
 
 
 def _adjacent_channels(tensor: Tensor) -> Tensor:
@@ -323,7 +278,7 @@ class BiasSums(NamedTuple):
 
     side: int
     first: int
-    count: int
+    diagonals: int
     splits: int
 
     @staticmethod
@@ -347,7 +302,7 @@ class BiasSums(NamedTuple):
 
     def shape(self, heads: int) -> tuple[int, int, int, int]:
         """Of the workspace."""
-        return heads, self.count, self.splits, 2 * self.side
+        return heads, self.diagonals, self.splits, 2 * self.side
 
 
 def bias_gradient_launch(
@@ -362,11 +317,11 @@ def bias_gradient_launch(
         gradient, statistics, delta, problem.query, problem.key, problem.value, partial_sums,
         problem.diagonals, problem.query_segments, problem.key_segments, problem.seed,
         *_strides(gradient, problem.query, problem.key, problem.value), *problem.segment_strides(),
-        batch, heads, queries, keys, sums.first, sums.count, sums.splits, problem.product_scale,
+        batch, heads, queries, keys, sums.first, sums.diagonals, sums.splits, problem.product_scale,
         problem.constant_beyond or 0, *problem.dropout_numbers(),
     )  # fmt: skip
     constants = {"RAGGED": keys % tile.columns != 0, "T": tile.columns, "M": problem.tiles.queries.rows}
-    grid = (heads * sums.count * sums.splits,)
+    grid = (heads * sums.diagonals * sums.splits,)
     return Launch(attention_bias_gradient, grid, arguments, problem.constants(tile) | constants)
 
 
@@ -381,7 +336,7 @@ def sum_launch(
     row_tiles = 0 if far_sums is None else far_sums.shape[2]
     arguments = (
         partial_sums, far_sums, result, heads, problem.query.shape[1], problem.key.shape[1],
-        sums.first, sums.count, sums.splits, blocks, row_tiles,
+        sums.first, sums.diagonals, sums.splits, blocks, row_tiles,
     )  # fmt: skip
     meta = {"T": sums.side, "BLOCK": SUMMED_DIAGONALS, "FAR": far_sums is not None}
     return Launch(sum_diagonals, (heads * blocks,), arguments, meta)
@@ -411,8 +366,8 @@ def _backward(
     value: Tensor | None,
     *inputs: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *inputs, diagonals_gradient = inputs
-    problem = Problem.of(query, key, value, *inputs)
+    *rest, diagonals_gradient = inputs
+    problem = Problem.of(query, key, value, *rest)
     batch, heads, queries, keys, _ = problem.sizes
     gradient, context = _adjacent_channels(gradient), context.contiguous()
     assert gradient.shape == context.shape == problem.query.shape and gradient.dtype == problem.query.dtype
@@ -527,6 +482,18 @@ def attention(
     tensors = (query, key, value, diagonals, query_segments, key_segments, drawn)
     context: Tensor = torch.ops.megatron_t5.triton_attention(*tensors, causal, scale, constant_beyond, dropout)[0]
     return context
+
+
+def dropout_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout: float) -> Tensor:
+    """Which probabilities attention keeps that draws this seed, bool `[b, n, q, k]`; the kernels never write it."""
+    from megatron.core.extensions.triton_attention_kernels import write_kept
+
+    result = torch.empty(batch, heads, queries, keys, dtype=torch.uint8, device=seed.device)
+    tiles = -(-queries // 64)
+    arguments = (result, seed, queries, keys, tiles, _kept_from(dropout))
+    with _on_device(seed):
+        Launch(write_kept, (batch * heads * tiles,), arguments, {"M": 64, "N": 64}).run()
+    return result.bool()
 
 
 def _seed(device: torch.device, stream: int) -> Tensor:

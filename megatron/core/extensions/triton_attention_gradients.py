@@ -23,6 +23,7 @@ from megatron.core.extensions.triton_attention_kernels import (
     NO_SEGMENTS,
     VECTOR,
     biased,
+    diagonals_of,
     far_limits,
     hidden,
     item_base,
@@ -73,6 +74,16 @@ def query_gradient_tiles(
 
 
 @triton.jit
+def rows_of_forward(gradient, context, delta, statistics, item, start, queries, M: tl.constexpr):
+    """Of a tile of queries `delta`, stored, too, and statistics, +inf past the end: nothing is summed there."""
+    row_delta = tl.sum(gradient.to(tl.float32) * context.to(tl.float32), 1)
+    rows = start + tl.arange(0, M)
+    places = tl.cast(item, tl.int64) * queries + rows
+    tl.store(delta + places, row_delta, mask=rows < queries)
+    return row_delta, tl.load(statistics + places, mask=rows < queries, other=float("inf"))
+
+
+@triton.jit
 def attention_query_gradient(
     gradient, context, statistics, delta, query, key, value, query_gradient, far_sums, diagonals, query_segments,
     key_segments, seed, gradient_batch, gradient_stride, gradient_head, query_batch, query_stride, query_head,
@@ -100,32 +111,19 @@ def attention_query_gradient(
     query_tile = load_tile(query, rows, start, query_stride, HEAD_DIM, WIDTH)
     gradient_tile = load_tile(gradient, rows, start, gradient_stride, HEAD_DIM, WIDTH)
     context_tile = load_tile(context, rows, start, heads * HEAD_DIM, HEAD_DIM, WIDTH)
-    row_delta = tl.sum(gradient_tile.to(tl.float32) * context_tile.to(tl.float32), 1)
-    row_statistics = tl.load(statistics + tl.cast(item, tl.int64) * queries + rows)
-    places = start + tl.arange(0, M)
-    tl.store(delta + tl.cast(item, tl.int64) * queries + places, row_delta, mask=places < queries)
-    # Rows past the end must add nothing to the far sums.
-    row_statistics = tl.where(places < queries, row_statistics, float("inf"))
+    row_delta, row_statistics = rows_of_forward(gradient_tile, context_tile, delta, statistics, item, start, queries, M)
     row_ids = rows
     if SEGMENTS != NO_SEGMENTS:
         key_segments += tl.cast(batch, tl.int64) * key_segments_batch
-        if SEGMENTS == ALL_SEGMENTS:
-            query_segments += tl.cast(batch, tl.int64) * query_segments_batch
-        row_ids = query_ids(query_segments, rows, SEGMENTS)
+        row_ids = query_ids(query_segments, batch, query_segments_batch, rows, SEGMENTS)
     begin, whole, edge, end = key_ranges(start, queries, keys, key_segments, row_ids, CAUSAL, SEGMENTS, M, N, SCAN)
     drawn = 0
     if DROPOUT:
         drawn = tl.load(seed)
-    bias = diagonals
-    left, right = 0.0, 0.0
+    bias, left, right = diagonals, 0.0, 0.0
     if BIAS:
-        first = diagonals + head * (queries + keys - 1)
-        bias = first + (queries - 1)
-        if FAR:
-            left, right = tl.load(first), tl.load(bias + (keys - 1))
-    sums = tl.zeros([M, WIDTH], tl.float32)
-    left_sums = tl.zeros([M], tl.float32)
-    right_sums = tl.zeros([M], tl.float32)
+        bias, left, right = diagonals_of(diagonals, head, queries, keys, FAR)
+    sums, left_sums, right_sums = tl.zeros([M, WIDTH], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     NEAR: tl.constexpr = VECTOR if BIAS else NO_BIAS
     near_begin, near_end = begin, whole
     left_end, right_begin = 0, keys
@@ -188,7 +186,7 @@ def key_gradient_tiles(
         scores = biased(products, rows[None, :], columns[:, None], bias, constant, scale, KIND)
         row_ids = rows
         if SEGMENTS != NO_SEGMENTS:
-            row_ids = query_ids(query_segments, rows, SEGMENTS)
+            row_ids = query_ids(query_segments, 0, 0, rows, SEGMENTS)
         scores = hidden(scores, rows[None, :], columns[:, None], row_ids[None, :], column_ids[:, None], keys, EDGE,
                         CAUSAL, SEGMENTS)  # fmt: skip
         probabilities = tl.exp2(scores - row_statistics[None, :])
@@ -202,6 +200,25 @@ def key_gradient_tiles(
         gradients = probabilities * (gradients - row_delta[None, :])
         key_sums = tl.dot(gradients.to(query_tile.dtype), query_tile, key_sums, input_precision=PRECISION)
     return key_sums, value_sums
+
+
+@triton.jit
+def query_range(columns, queries, query_segments, key_segments, SEGMENTS: tl.constexpr, M: tl.constexpr,
+                SCAN: tl.constexpr):  # fmt: skip
+    """For a tile of keys: the first tile of queries that may see them, where these end, and the keys' ids."""
+    begin = tl.cast(0, tl.int32)
+    end = begin + queries
+    column_ids = columns
+    if SEGMENTS != NO_SEGMENTS:
+        column_ids = key_ids(key_segments, columns, SEGMENTS)
+        low, high = range_of_ids(column_ids)
+        if SEGMENTS == ALL_SEGMENTS:
+            first, last = positions_of(query_segments, queries, low, high, False, SCAN)
+            begin = first // M * M
+            end = last
+        else:
+            end = tl.where(high > 0, end, 0)
+    return begin, end, column_ids
 
 
 @triton.jit
@@ -228,30 +245,17 @@ def attention_key_gradient(
     value_tile = load_tile(value, columns, start, value_stride, HEAD_DIM, WIDTH)
     statistics += tl.cast(item, tl.int64) * queries
     delta += tl.cast(item, tl.int64) * queries
-    begin = tile * 0
-    end = begin + queries
-    column_ids = columns
+    if SEGMENTS == ALL_SEGMENTS:
+        query_segments += tl.cast(batch, tl.int64) * query_segments_batch
     if SEGMENTS != NO_SEGMENTS:
         key_segments += tl.cast(batch, tl.int64) * key_segments_batch
-        column_ids = key_ids(key_segments, columns, SEGMENTS)
-        low, high = range_of_ids(column_ids)
-        if SEGMENTS == ALL_SEGMENTS:
-            query_segments += tl.cast(batch, tl.int64) * query_segments_batch
-            first, last = positions_of(query_segments, queries, low, high, False, SCAN)
-            begin = first // M * M
-            end = last
-        else:
-            end = tl.where(high > 0, end, 0)
+    begin, end, column_ids = query_range(columns, queries, query_segments, key_segments, SEGMENTS, M, SCAN)
     drawn = 0
     if DROPOUT:
         drawn = tl.load(seed)
-    bias = diagonals
-    left, right = 0.0, 0.0
+    bias, left, right = diagonals, 0.0, 0.0
     if BIAS:
-        diagonal = diagonals + head * (queries + keys - 1)
-        bias = diagonal + (queries - 1)
-        if FAR:
-            left, right = tl.load(diagonal), tl.load(bias + (keys - 1))
+        bias, left, right = diagonals_of(diagonals, head, queries, keys, FAR)
     key_sums = tl.zeros([N, WIDTH], tl.float32)
     value_sums = tl.zeros([N, WIDTH], tl.float32)
     NEAR: tl.constexpr = VECTOR if BIAS else NO_BIAS
@@ -262,14 +266,16 @@ def attention_key_gradient(
         key_sums, value_sums = key_gradient_tiles(
             key_sums, value_sums, key_tile, value_tile, query, gradient, statistics, delta, query_stride,
             gradient_stride, bias, 0.0, query_segments, columns, column_ids, drawn, item, threshold, kept_scale,
-            scale, queries, keys, begin, near_begin, NEAR, True, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
+            scale, queries, keys, begin, near_begin,
+            NEAR, True, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
         )  # fmt: skip
     elif FAR:  # the keys lie far after these queries
         near_begin = tl.maximum(begin, tl.minimum(tl.maximum(start - constant_beyond + 1, 0) // M * M, end))
         key_sums, value_sums = key_gradient_tiles(
             key_sums, value_sums, key_tile, value_tile, query, gradient, statistics, delta, query_stride,
             gradient_stride, bias, right, query_segments, columns, column_ids, drawn, item, threshold, kept_scale,
-            scale, queries, keys, begin, near_begin, CONSTANT, False, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
+            scale, queries, keys, begin, near_begin,
+            CONSTANT, False, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
         )  # fmt: skip
     if FAR:
         left_begin = (start + N - 1 + constant_beyond + M - 1) // M * M
@@ -283,7 +289,8 @@ def attention_key_gradient(
         key_sums, value_sums = key_gradient_tiles(
             key_sums, value_sums, key_tile, value_tile, query, gradient, statistics, delta, query_stride,
             gradient_stride, bias, left, query_segments, columns, column_ids, drawn, item, threshold, kept_scale,
-            scale, queries, keys, near_end, end, CONSTANT, False, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
+            scale, queries, keys, near_end, end,
+            CONSTANT, False, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, M, PRECISION,
         )  # fmt: skip
     key_gradient = item_base(key_gradient, batch, head, key_gradient_batch, key_gradient_head)
     value_gradient = item_base(value_gradient, batch, head, value_gradient_batch, value_gradient_head)
@@ -367,12 +374,9 @@ def attention_bias_gradient(
             near = (column >= left_end) & (column < right_begin)
         row_ids, column_ids = lines, lines
         if SEGMENTS != NO_SEGMENTS:
-            of_keys = key_segments + tl.cast(batch, tl.int64) * key_segments_batch
-            of_queries = query_segments
-            if SEGMENTS == ALL_SEGMENTS:
-                of_queries = query_segments + tl.cast(batch, tl.int64) * query_segments_batch
-            row_ids = query_ids(of_queries, rows_of(row, queries - 1, T, True), SEGMENTS)
-            column_ids = key_ids(of_keys, rows_of(column, keys - 1, T, True), SEGMENTS)
+            rows, columns = rows_of(row, queries - 1, T, True), rows_of(column, keys - 1, T, True)
+            row_ids = query_ids(query_segments, batch, query_segments_batch, rows, SEGMENTS)
+            column_ids = key_ids(key_segments + tl.cast(batch, tl.int64) * key_segments_batch, columns, SEGMENTS)
             low, high = range_of_ids(row_ids)
             key_low, key_high = range_of_ids(column_ids)
             overlap = (low <= key_high) & (key_low <= high)

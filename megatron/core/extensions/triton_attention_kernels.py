@@ -3,13 +3,13 @@
 Imported only where Triton is; `triton_attention` launches what is here. Scores are in powers of two: the scale and the
 diagonals come multiplied by log2(e).
 
-The keys that a tile of queries visits fall into ranges, each with a loop of its own: tiles far before the queries, where
-the bias is one number; near ones, which gather it from the vector; far after them; and at an edge (the diagonal of a
-causal mask, the ragged end of the keys), where positions are compared, too. Only edges compare positions. Rows and
-columns past the end read the last one instead, so that no load needs a mask.
+The keys that a tile of queries visits fall into ranges, each with a loop of its own: tiles far before the queries,
+where the bias is one number; near ones, which gather it from the vector; far ones after them; and those at an edge, the
+diagonal of a causal mask or the ragged end of the keys. Only edges compare positions. Rows and columns past the end
+read the last one instead, so that no load needs a mask.
 
-Shapes: b batch, n heads, q queries, k keys, d channels of a head, D d padded to a power of two, M and N rows and columns
-of a tile. An item is a head of a row of the batch, number `row * n + head`.
+Shapes: b batch, n heads, q queries, k keys, d channels of a head, D d padded to a power of two, M and N rows and
+columns of a tile. An item is a head of a row of the batch, number `row * n + head`.
 """
 
 from __future__ import annotations
@@ -76,10 +76,20 @@ def item_base(pointer, batch, head, batch_stride, head_stride):
 
 
 @triton.jit
-def query_ids(pointer, rows, SEGMENTS: tl.constexpr):
-    """Segment ids of queries; all 1 if only keys have some."""
+def diagonals_of(diagonals, head, queries, keys, FAR: tl.constexpr):
+    """Where a head's bias at distance 0 is, and the bias far before and far after the queries."""
+    left, right = 0.0, 0.0
+    first = diagonals + head * (queries + keys - 1)
+    if FAR:
+        left, right = tl.load(first), tl.load(first + (queries + keys - 2))
+    return first + (queries - 1), left, right
+
+
+@triton.jit
+def query_ids(pointer, batch, batch_stride, rows, SEGMENTS: tl.constexpr):
+    """Segment ids of queries of a row of the batch; all 1 if only keys have some."""
     if SEGMENTS == ALL_SEGMENTS:
-        return tl.load(pointer + rows)
+        return tl.load(pointer + tl.cast(batch, tl.int64) * batch_stride + rows)
     return rows * 0 + 1
 
 
@@ -187,6 +197,19 @@ def kept(seed, item, rows, columns, threshold):
 
 
 @triton.jit
+def write_kept(result, seed, queries, keys, tiles, threshold, M: tl.constexpr, N: tl.constexpr):
+    """Rows of `result` uint8 `[b n, q, k]`: what `kept` says."""
+    item, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
+    rows = (row + tl.arange(0, M))[:, None]
+    drawn = tl.load(seed)
+    for start in range(0, keys, N):
+        columns = (start + tl.arange(0, N))[None, :]
+        keep = kept(drawn, item, rows, columns, threshold)
+        target = result + (tl.cast(item, tl.int64) * queries + rows) * keys + columns
+        tl.store(target, keep.to(tl.uint8), mask=(rows < queries) & (columns < keys))
+
+
+@triton.jit
 def forward_tiles(
     context, total, peak, query, key, value, key_stride, value_stride, bias, constant, key_segments, rows, row_ids,
     seed, item, threshold, scale, keys, begin, end,
@@ -225,10 +248,10 @@ def forward_tiles(
 def attention_forward(
     query, key, value, context, statistics, diagonals, query_segments, key_segments, seed,
     query_batch, query_stride, query_head, key_batch, key_stride, key_head, value_batch, value_stride, value_head,
-    query_segments_batch, key_segments_batch, heads, queries, keys, tiles, scale, constant_beyond, threshold, kept_scale,
-    BIAS: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, SEGMENTS: tl.constexpr,
-    DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SCAN: tl.constexpr, PRECISION: tl.constexpr,
+    query_segments_batch, key_segments_batch, heads, queries, keys, tiles, scale, constant_beyond, threshold,
+    kept_scale, BIAS: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
+    SEGMENTS: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, SCAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Context `[b, q, n, d]`, contiguous, and fp32 statistics `[b n, q]` of a tile of queries of an item.
 
@@ -247,20 +270,14 @@ def attention_forward(
     row_ids = rows
     if SEGMENTS != NO_SEGMENTS:
         key_segments += tl.cast(batch, tl.int64) * key_segments_batch
-        if SEGMENTS == ALL_SEGMENTS:
-            query_segments += tl.cast(batch, tl.int64) * query_segments_batch
-        row_ids = query_ids(query_segments, rows, SEGMENTS)
+        row_ids = query_ids(query_segments, batch, query_segments_batch, rows, SEGMENTS)
     begin, whole, edge, end = key_ranges(start, queries, keys, key_segments, row_ids, CAUSAL, SEGMENTS, M, N, SCAN)
     drawn = 0
     if DROPOUT:
         drawn = tl.load(seed)
-    bias = diagonals
-    left, right = 0.0, 0.0
+    bias, left, right = diagonals, 0.0, 0.0
     if BIAS:
-        first = diagonals + head * (queries + keys - 1)
-        bias = first + (queries - 1)
-        if FAR:
-            left, right = tl.load(first), tl.load(bias + (keys - 1))
+        bias, left, right = diagonals_of(diagonals, head, queries, keys, FAR)
     sums = tl.zeros([M, WIDTH], tl.float32)
     total = tl.zeros([M], tl.float32)
     peak = tl.full([M], float("-inf"), tl.float32)
@@ -271,8 +288,8 @@ def attention_forward(
         near_begin = tl.maximum(begin, tl.minimum(left_end, whole))
         near_end = tl.maximum(near_begin, tl.minimum(right_begin, whole))
         sums, total, peak = forward_tiles(
-            sums, total, peak, query_tile, key, value, key_stride, value_stride, bias, left, key_segments, rows, row_ids,
-            drawn, item, threshold, scale, keys, begin, near_begin,
+            sums, total, peak, query_tile, key, value, key_stride, value_stride, bias, left, key_segments, rows,
+            row_ids, drawn, item, threshold, scale, keys, begin, near_begin,
             CONSTANT, False, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, N, PRECISION,
         )  # fmt: skip
     sums, total, peak = forward_tiles(
@@ -282,8 +299,8 @@ def attention_forward(
     )  # fmt: skip
     if FAR and not CAUSAL:
         sums, total, peak = forward_tiles(
-            sums, total, peak, query_tile, key, value, key_stride, value_stride, bias, right, key_segments, rows, row_ids,
-            drawn, item, threshold, scale, keys, near_end, whole,
+            sums, total, peak, query_tile, key, value, key_stride, value_stride, bias, right, key_segments, rows,
+            row_ids, drawn, item, threshold, scale, keys, near_end, whole,
             CONSTANT, False, CAUSAL, SEGMENTS, DROPOUT, HEAD_DIM, WIDTH, N, PRECISION,
         )  # fmt: skip
     if CAUSAL or RAGGED:

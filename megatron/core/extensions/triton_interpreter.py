@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on CPUs for tests."""
+"""Triton's interpreter, which runs kernels on CPUs for tests, and what it gets wrong."""
 
 from __future__ import annotations
 
@@ -8,21 +8,36 @@ from typing import Any
 INTERPRETED = os.getenv("TRITON_INTERPRET") == "1"
 
 
-def repair_loop_bounds() -> None:
-    """Lets bounds of loops be tensors where numpy no longer takes an array of one element for a number.
+def repair_interpreter() -> None:
+    """Makes the interpreter of Triton 3.6 and 3.7 compute what compiled kernels do; for good, and only once.
 
-    The interpreter of Triton 3.6 depends on that, up to numpy 2.3; later ones squeeze the array, as is done here. It
-    arranges the class of tensors for each launch by a private function, so that one has to be replaced.
+    Bounds of loops may be tensors: it takes an array of one element for a number, which numpy no longer does from 2.4
+    on (later versions of Triton squeeze the array, as is done here). Products of bf16, which it keeps as integers, are
+    products of those integers there. It has no public way to change either.
     """
     from triton.runtime import interpreter
 
-    arrange = interpreter._patch_lang_tensor
-    if getattr(arrange, "repaired", False):
+    if getattr(interpreter, "repaired_for_attention", False):
         return
+    arrange, multiply = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
 
-    def arrange_and_repair(tensor: Any, *scope: Any) -> None:
+    def arrange_with_index(tensor: Any, *scope: Any) -> None:
         arrange(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
-    arrange_and_repair.repaired = True  # type: ignore[attr-defined]
-    interpreter._patch_lang_tensor = arrange_and_repair
+    def multiply_in_fp32(self: Any, a: Any, b: Any, *arguments: Any) -> Any:
+        return multiply(self, _widened(a), _widened(b), *arguments)
+
+    interpreter._patch_lang_tensor = arrange_with_index
+    interpreter.InterpreterBuilder.create_dot = multiply_in_fp32
+    interpreter.repaired_for_attention = True
+
+
+def _widened(handle: Any) -> Any:
+    """A tensor of bf16, kept as uint16, in fp32; others as they are."""
+    import numpy as np
+    import triton.language as tl
+
+    if handle.dtype != tl.bfloat16:
+        return handle
+    return type(handle)((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
