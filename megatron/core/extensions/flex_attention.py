@@ -87,7 +87,7 @@ def _prepare(bias: ScoreBias, dtype: torch.dtype, device: torch.device) -> Score
         tensors = () if bias.segments is None else bias.segments
         rows = max((tensor.shape[0] for tensor in tensors if tensor is not None), default=1)
         block_mask = create_block_mask(visible, rows, None, queries, keys, device=device, BLOCK_SIZE=BLOCK)
-    return bias._replace(backend="flex", prepared=_Prepared(diagonals, block_mask, queries, keys))
+    return bias._replace(prepared=_Prepared(diagonals, block_mask, queries, keys))
 
 
 @cache
