@@ -50,6 +50,11 @@ class ParallelContext:
     store: Store | None = None
     timeout: timedelta | None = None
 
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda" and self.device.index is None and torch.cuda.is_available():
+            # "The present GPU" would be another one in threads, and tensors on it say its number.
+            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
+
     @classmethod
     def create(cls, config: ParallelConfig, device: torch.device, store: Store | None = None) -> ParallelContext:
         """Build the mesh over the initialised default process group (a single process needs none).

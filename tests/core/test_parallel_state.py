@@ -93,3 +93,11 @@ def test_a_single_process_does_it_itself():
     calls = []
     ParallelContext(torch.device("cpu")).on_local_main(lambda: calls.append(1), patiently_at="a name")
     assert calls == [1]
+
+
+def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert ParallelContext(torch.device("cuda")).device == torch.device("cuda", 3)
+    assert ParallelContext(torch.device("cuda", 1)).device == torch.device("cuda", 1)
+    assert ParallelContext(torch.device("cpu")).device == torch.device("cpu")

@@ -9,6 +9,7 @@ import torch
 
 from megatron.core.config import ComputeConfig, ModelConfig, OptimizerConfig
 from megatron.core.dist_checkpointing import CheckpointSaver, load_checkpoint
+from megatron.core.extensions.packages import installed
 from megatron.core.inference.generation import generate
 from megatron.core.inference.generation_config import GenerationConfig
 from megatron.core.inference.kv_cache import DecoderState, decode_step
@@ -25,6 +26,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+TRITON = pytest.mark.skipif(not installed("triton"), reason="needs triton")
 CONFIG = ModelConfig(encoder_num_layers=2, hidden_size=64, num_attention_heads=4, kv_channels=32, vocab_size=384)
 
 
@@ -44,11 +46,11 @@ def loss_and_gradients(device: str, compute: ComputeConfig, lengths: tuple[int, 
     losses = model(encoder, labels.roll(1, 1), labels).loss
     loss = losses.total[0] / losses.cross_entropy.numel()
     loss.backward()
-    gradients = {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad.cpu().float() for name, parameter in model.named_parameters()}
     return gradients | {"loss": loss.detach().cpu()}
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "unfused"])
+@pytest.mark.parametrize("backend", ["sdpa", "unfused", "auto", "flex", pytest.param("triton", marks=TRITON)])
 @pytest.mark.parametrize("lengths", [(64, 14), (512, 114), (192, 64)])
 def test_attention_backends_give_the_cpu_gradients(backend: str, lengths: tuple[int, int]) -> None:
     expected = loss_and_gradients("cpu", ComputeConfig(attention_backend="unfused"), lengths)
