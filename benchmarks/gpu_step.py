@@ -52,11 +52,19 @@ class Contender:
         case: Fields of `step_contender.Case`.
         package: Without which it cannot run.
         kind: What its losses are compared by: a key of `TOLERANCES`, None: by the precision.
+        times_rows: Rows of its microbatches by those of the others; the step stays the same.
     """
 
     case: dict[str, Any]
     package: str | None = None
     kind: str | None = None
+    times_rows: float = 1.0
+
+    def of(self, base: Case) -> Case:
+        """Its case, on the batch of `base`."""
+        rows = max(1, int(base.rows * self.times_rows))
+        microbatches = max(1, base.step_rows // rows)
+        return replace(base, rows=base.step_rows // microbatches, microbatches=microbatches, **self.case)
 
 
 def _ours(*flags: str, compiled: bool = False, package: str | None = None, kind: str | None = None) -> Contender:
@@ -79,6 +87,11 @@ CONTENDERS: dict[str, Contender] = {
     "ours compiled, CUDA graphs": _ours("--cuda-graphs", compiled=True),
     "ours, accumulation fusion": _ours("--gradient-accumulation-fusion"),
     "ours, CUDA graphs": _ours("--cuda-graphs"),
+    # For a GPU that has room for more, or too little for theirs.
+    "ours compiled, twice the rows": Contender({"code": "ours", "compiled": True}, times_rows=2.0),
+    "Hugging Face SDPA compiled, half the rows": Contender(
+        {"code": "theirs", "attention": "sdpa", "compiled": True}, "transformers", times_rows=0.5
+    ),
     "Hugging Face SDPA": Contender({"code": "theirs", "attention": "sdpa"}, "transformers"),
     "ours compiled, Triton elementwise": _ours(*TRITON_ELEMENTWISE, compiled=True, package="triton"),
     "ours compiled, torch elementwise": _ours(*TORCH_ELEMENTWISE, compiled=True),
@@ -161,7 +174,7 @@ class Preset:
     def row(self, name: str) -> dict[str, Any]:
         """What came of one contender: its times, or why there are none."""
         contender = CONTENDERS[name]
-        case = replace(self.base, **contender.case)
+        case = contender.of(self.base)
         row = {
             "preset": case.preset, "precision": case.precision, "contender": name, "code": case.code,
             "flags": [*case.our_flags, *(["--compile"] if case.compiled else [])],

@@ -15,6 +15,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from gpu_step import CONTENDERS, Budget, against_aims, agree, chosen, differences, markdown
+from step_contender import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,13 @@ def test_contenders_are_chosen_by_name_or_part() -> None:
     assert chosen(["ours"]) == ["ours"]
     assert chosen([""]) == list(CONTENDERS)
     assert chosen(["fp8"]) == [name for name in CONTENDERS if "fp8" in name]
+
+
+def test_the_step_stays_the_same_with_other_rows() -> None:
+    base = Case("t5-v1_1-xl", "bf16", 8, 512, 114, threads=1, code="ours", microbatches=8)
+    cases = [contender.of(base) for contender in CONTENDERS.values()]
+    assert {case.step_rows for case in cases} == {64}
+    assert {case.rows for case in cases} == {4, 8, 16}
 
 
 def test_no_contender_begins_late() -> None:
