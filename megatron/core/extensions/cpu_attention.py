@@ -24,6 +24,13 @@ from megatron.core.extensions import amx_attention as amx
 from megatron.core.extensions import attention_kernels as kernels
 from megatron.core.extensions import tiled_attention
 from megatron.core.extensions.attention import AttentionBackend, AttentionOptions, separate
+from megatron.core.extensions.projections import (
+    empty_gradients,
+    fused_count,
+    of_inputs,
+    separate_gradients,
+    with_equal_batches,
+)
 from megatron.core.extensions.score_bias import ScoreBias
 from megatron.core.extensions.seeds import seed
 
@@ -83,21 +90,6 @@ def _check_projections(query: Tensor, key: Tensor, value: Tensor) -> None:
     assert query.device == key.device == value.device, (query.device, key.device, value.device)
 
 
-def _expanded(tensor: Tensor, batch: int) -> Tensor:
-    return tensor if tensor.shape[0] == batch else tensor.expand(batch, *tensor.shape[1:])
-
-
-def _with_equal_batches(
-    query: Tensor, key: Tensor | None, value: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The projections, those of one row expanded to the batch of the others."""
-    sizes = [tensor.shape[0] for tensor in (query, key, value) if tensor is not None]
-    batch = next((size for size in sizes if size != 1), 1)
-    assert all(size in (1, batch) for size in sizes), sizes
-    key, value = (None if tensor is None else _expanded(tensor, batch) for tensor in (key, value))
-    return _expanded(query, batch), key, value
-
-
 def attention(
     query: Tensor,
     key: Tensor | None,
@@ -134,7 +126,7 @@ def attention(
     assert value is None or key is not None
     assert supports(query.device, query.dtype), (query.device, query.dtype)
     assert mask is None or not mask.requires_grad, "a mask gets no gradient"
-    query, key, value = _with_equal_batches(query, key, value)
+    query, key, value = with_equal_batches(query, key, value)
     _check_projections(*separate(query, key, value))
     context: Tensor
     if not keeps_probabilities(query.dtype, query.shape[-1], dropout):
@@ -231,32 +223,6 @@ def _from_heads(tensor: Tensor, target: Tensor) -> None:
     _copy_heads(tensor.unflatten(0, (target.shape[0], target.shape[2])).transpose(1, 2), target)
 
 
-def _empty_gradients(gradient: Tensor, keys: int, fused: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For the gradients of the projections, which `attention` was given with `fused` of them in one tensor."""
-    batch, queries, heads, channels = gradient.shape
-    shapes: dict[int, tuple[tuple[int, ...], ...]] = {
-        1: (gradient.shape, (batch, keys, heads, channels), (batch, keys, heads, channels)),
-        2: (gradient.shape, (batch, keys, heads, 2, channels), (0,)),
-        3: ((batch, queries, heads, 3, channels), (0,), (0,)),
-    }
-    query, key, value = (gradient.new_empty(shape) for shape in shapes[fused])
-    return query, key, value
-
-
-def _fused(key: Tensor | None, value: Tensor | None) -> int:
-    """How many projections the last given tensor holds."""
-    return 3 if key is None else 2 if value is None else 1
-
-
-def _of_inputs(gradients: tuple[Tensor, ...], fused: int) -> tuple[Tensor | None, ...]:
-    """The gradients of projections, None where no tensor was given."""
-    return tuple(gradient if index <= 3 - fused else None for index, gradient in enumerate(gradients[:3]))
-
-
-def _separate_gradients(gradients: tuple[Tensor, Tensor, Tensor], fused: int) -> tuple[Tensor, Tensor, Tensor]:
-    return separate(gradients[0], *_of_inputs(gradients, fused)[1:])
-
-
 def _forward(
     query: Tensor,
     key: Tensor | None,
@@ -315,7 +281,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     batch, queries, heads, _ = gradient.shape
     _check_saved(gradient, query, key, value, probabilities, statistics)
-    gradients = _empty_gradients(gradient, key.shape[1], fused)
+    gradients = empty_gradients(gradient, key.shape[1], fused)
     shape = (batch, heads, queries, key.shape[1])
     rules = _Scores.of(shape, gradient.dtype, diagonals, mask, seed, causal, scale, dropout)
     if not probabilities.numel():
@@ -330,7 +296,7 @@ def _backward(
     query_gradient = torch.bmm(scores_gradient, key)  # [b n, q, d]
     key_gradient = torch.bmm(query.transpose(1, 2), scores_gradient)  # [b n, d, k]
     by_head = (query_gradient, key_gradient.transpose(1, 2), value_gradient.transpose(1, 2))
-    for tensor, target in zip(by_head, _separate_gradients(gradients, fused), strict=True):
+    for tensor, target in zip(by_head, separate_gradients(gradients, fused), strict=True):
         _from_heads(tensor, target)
     return (*gradients, statistics.new_empty(0) if sums is None else sums)
 
@@ -363,13 +329,13 @@ def _fake_forward(
 def _fake_backward(gradient: Tensor, query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     keys, (fused, diagonals_gradient) = key.shape[1], arguments[-2:]
     diagonals = (gradient.shape[2], gradient.shape[1] + keys - 1) if diagonals_gradient else (0,)
-    return (*_empty_gradients(gradient, keys, fused), gradient.new_empty(diagonals, dtype=torch.float32))
+    return (*empty_gradients(gradient, keys, fused), gradient.new_empty(diagonals, dtype=torch.float32))
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, key, value, diagonals, mask, seed, *options, _ = inputs
     ctx.save_for_backward(*output[1:], diagonals, mask, seed)
-    ctx.options = (*options, _fused(key, value))
+    ctx.options = (*options, fused_count(key, value))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -379,7 +345,7 @@ def _differentiate(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor 
         return (None,) * 10
     wanted = ctx.needs_input_grad[3]
     result = torch.ops.megatron_t5.attention_backward(gradient, *ctx.saved_tensors, *ctx.options, wanted)
-    return *_of_inputs(result, ctx.options[-1]), result[3] if wanted else None, *(None,) * 6
+    return *of_inputs(result, ctx.options[-1]), result[3] if wanted else None, *(None,) * 6
 
 
 LIBRARY.impl("attention", _forward, "CPU")
@@ -433,19 +399,19 @@ def _tiled_backward(
     scale: float,
     diagonals_gradient: bool,
 ) -> tuple[Tensor, ...]:
-    fused = _fused(key, value)
+    fused = fused_count(key, value)
     query, key, value = (_adjacent_channels(tensor) for tensor in separate(query, key, value))
     _check_projections(query, key, value)
     batch, queries, heads, channels = query.shape
     assert gradient.shape == context.shape == query.shape and gradient.dtype == context.dtype == query.dtype
     assert statistics.shape == (batch * heads, queries, 2) and statistics.dtype == torch.float32
     assert statistics.is_contiguous()
-    gradients = _empty_gradients(gradient, key.shape[1], fused)
+    gradients = empty_gradients(gradient, key.shape[1], fused)
     sums = statistics.new_empty((heads, queries + key.shape[1] - 1) if diagonals_gradient else 0)
     shape = (batch, heads, queries, key.shape[1])
     rules = _Scores.of(shape, query.dtype, diagonals, mask, None, causal, scale, 0.0)
     inputs = (_adjacent_channels(gradient), context, query, key, value)
-    addresses, strides = _addresses((*inputs, *_separate_gradients(gradients, fused)))
+    addresses, strides = _addresses((*inputs, *separate_gradients(gradients, fused)))
     statistics_address, sums_address = statistics.data_ptr(), sums.data_ptr() if diagonals_gradient else 0
     tiles = _tile_kernels(query.dtype, channels, 0.0)
     assert tiles is not None
@@ -471,7 +437,7 @@ def _fake_tiled_backward(
 ) -> tuple[Tensor, ...]:
     keys = separate(query, key, value)[1].shape[1]
     diagonals = (gradient.shape[2], gradient.shape[1] + keys - 1) if arguments[-1] else (0,)
-    return *_empty_gradients(gradient, keys, _fused(key, value)), statistics.new_empty(diagonals)
+    return *empty_gradients(gradient, keys, fused_count(key, value)), statistics.new_empty(diagonals)
 
 
 def _keep_for_tiled_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -488,7 +454,7 @@ def _differentiate_tiled(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Te
     wanted, saved = ctx.needs_input_grad[3], ctx.saved_tensors  # which recomputation unpacks once
     result = torch.ops.megatron_t5.tiled_attention_backward(gradient, *saved, *ctx.options, wanted)
     key, value = saved[3:5]
-    return *_of_inputs(result, _fused(key, value)), result[3] if wanted else None, *(None,) * 3
+    return *of_inputs(result, fused_count(key, value)), result[3] if wanted else None, *(None,) * 3
 
 
 LIBRARY.impl("tiled_attention", _tiled_forward, "CPU")

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.core.extensions.attention import separate
 
 
-def fused(key: Tensor | None, value: Tensor | None) -> int:
+def fused_count(key: Tensor | None, value: Tensor | None) -> int:
     """How many projections the last given tensor holds."""
     return 3 if key is None else 2 if value is None else 1
 
@@ -38,7 +38,7 @@ def empty_gradients(gradient: Tensor, keys: int, count: int) -> tuple[Tensor, Te
     Args:
         gradient: Of the attention's result, `[b, q, n, d]`.
         keys: k.
-        count: `fused`; the gradients that it leaves out are empty.
+        count: `fused_count`; the gradients that it leaves out are empty.
     """
     batch, queries, heads, channels = gradient.shape
     shapes: dict[int, tuple[tuple[int, ...], ...]] = {

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron.core.extensions.attention import AttentionBackend, AttentionOptions, AttentionRequest, separate
 from megatron.core.extensions.projections import (
     empty_gradients,
-    fused,
+    fused_count,
     of_inputs,
     separate_gradients,
     with_equal_batches,
@@ -372,7 +372,7 @@ def _backward(
     gradient, context = _adjacent_channels(gradient), context.contiguous()
     assert gradient.shape == context.shape == problem.query.shape and gradient.dtype == problem.query.dtype
     assert statistics.shape == (batch, heads, queries) and statistics.is_contiguous()
-    count = fused(key, value)
+    count = fused_count(key, value)
     gradients = empty_gradients(gradient, keys, count)
     query_target, key_target, value_target = separate_gradients(gradients, count)
     delta = torch.empty_like(statistics)
@@ -409,7 +409,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     keys = separate(query, key, value)[1].shape[1]
     diagonals = (gradient.shape[2], gradient.shape[1] + keys - 1) if inputs[-1] else (0,)
-    return *empty_gradients(gradient, keys, fused(key, value)), statistics.new_empty(diagonals)
+    return *empty_gradients(gradient, keys, fused_count(key, value)), statistics.new_empty(diagonals)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -425,7 +425,7 @@ def _differentiate(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor |
     wanted, saved = ctx.needs_input_grad[3], ctx.saved_tensors  # which recomputation unpacks once
     result = torch.ops.megatron_t5.triton_attention_backward(gradient, *saved, *ctx.options, wanted)
     key, value = saved[3:5]
-    return *of_inputs(result, fused(key, value)), result[3] if wanted else None, *(None,) * 7
+    return *of_inputs(result, fused_count(key, value)), result[3] if wanted else None, *(None,) * 7
 
 
 for _device in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
