@@ -11,11 +11,26 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses copies between devices, for which the host may have to wait."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(name in str(func) for name in ("copy", "lift")):
+            tensors = [tensor for tensor in (*args, result) if isinstance(tensor, torch.Tensor)]
+            assert len({tensor.device.type for tensor in tensors}) == 1, func
+        return result
 
 
 def build(folder: Path) -> Path:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.core.errors import NumericalError
 from megatron.core.optimizer.logical_matrices import LogicalMatrices
@@ -20,6 +19,7 @@ from megatron.training.arguments import parse_args
 from megatron.training.step_verdicts import STEPS_LATER
 from megatron.training.training import Trainer, pretrain_in
 from tests.distributed import run_distributed
+from tests.fake_gpu import NoCopies
 from tests.layouts.comparison import checkpoint_tensors
 from tests.layouts.layout import Layout
 from tests.training.test_numerics import make_trainer
@@ -136,17 +136,6 @@ def test_too_many_skips_end_the_run_a_little_later(
 # What the host would wait for. A meta tensor has no values, so that reading one raises, as it would stop a GPU.
 
 META = torch.device("meta")
-
-
-class NoCopies(TorchDispatchMode):
-    """Refuses copies between devices, but for numbers that become arguments of kernels."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if any(name in str(func) for name in ("copy", "lift")):
-            tensors = [tensor for tensor in (*args, result) if isinstance(tensor, torch.Tensor)]
-            assert len({tensor.device.type for tensor in tensors}) == 1, func
-        return result
 
 
 class Unread:

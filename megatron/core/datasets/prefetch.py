@@ -57,11 +57,9 @@ class Prefetcher:
 
         Args:
             loader: Of the training data. Its dataset is used by the thread alone from then on.
-            device: Where the batches go.
+            device: Where the batches go; a GPU has its number.
             ahead: Batches that are ready at most; 0 makes each when it is asked for, without a thread.
         """
-        if device.type == "cuda" and device.index is None:  # the thread has a current GPU of its own
-            device = torch.device("cuda", torch.cuda.current_device())
         self.loader, self.ahead, self._device = loader, ahead, device
         self._changed = threading.Condition()
         # Guarded by the condition; those that are ready follow each other, and `_next` follows them.

@@ -1,4 +1,4 @@
-"""Training steps traced on a GPU that is not there: no tensor is left on the host, and the host reads no number."""
+"""Training steps traced on a GPU that is not there: no tensor is on the host or goes there, and no number is read."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def trace_step(flags: str, has_segments: bool) -> None:
 
     mode = FakeTensorMode()
     config, context, model = _build(flags, mode)
-    with mode:
+    with mode, fake_gpu.NoCopies():
         optimizer = build_optimizer(config.optimizer, model.parameters, context)
         encoder, decoder = (torch.ones(4, length, dtype=torch.int32, device="cuda") for length in (48, 20))
         batch = TensorBatch(encoder, decoder, decoder, *((encoder, decoder) if has_segments else ()))
