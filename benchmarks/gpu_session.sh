@@ -99,7 +99,11 @@ END
     products) limited 300 "$PYTHON" benchmarks/fp8_products.py --output "$OUT/products.jsonl" ;;
     step-base) step step-base 8 --preset t5-v1_1-base ;;
     step-large) step step-large 8 --preset t5-v1_1-large ;;
-    step-xl) step step-xl 8 --preset t5-v1_1-xl --rounds 3 --steps 2 ;;
+    step-xl)
+        step step-xl 8 --preset t5-v1_1-xl --rounds 3 --steps 2 --contenders "ours compiled" \
+            "Hugging Face SDPA compiled" "Hugging Face SDPA compiled, half the rows" "ours compiled, twice the rows" \
+            "ours, accumulation fusion" "ours compiled, CUDA graphs"
+        ;;
     step-fp8) step step-fp8 8 --preset t5-v1_1-xl --rounds 3 --steps 2 --contenders "ours compiled" fp8 ;;
     trainer)
         corpus
