@@ -58,6 +58,7 @@ def sources() -> Path:
     """Folder of the real package."""
     spec = importlib.util.find_spec("transformer_engine")
     if spec is None or not spec.submodule_search_locations:
+        # Its Python sources are enough: pip install --no-deps --target DIR transformer_engine; PYTHONPATH=DIR
         pytest.skip("transformer_engine is not installed")
     return Path(spec.submodule_search_locations[0])
 
