@@ -100,13 +100,17 @@ def rms_norm(
 
 
 @triton.jit
-def load_for_gradient(gradient, x, weight, start, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """fp32 `[BLOCK]` each of the input, of the norm's gradient and of that times the weight."""
+def load_weight(weight, start, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """`rounded_weight` of a block of columns."""
     columns = start + tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    values = tl.load(x + offset + columns, mask=inside, other=0.0).to(tl.float32)
-    outer = tl.load(gradient + offset + columns, mask=inside, other=0.0).to(tl.float32)
-    return values, outer, outer * rounded_weight(weight, columns, inside, x.dtype.element_ty)
+    return rounded_weight(weight, columns, columns < WIDTH, dtype)
+
+
+@triton.jit
+def load_row(x, start, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """fp32 `[BLOCK]` of a row, 0 beyond its end."""
+    columns = start + tl.arange(0, BLOCK)
+    return tl.load(x + offset + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -137,15 +141,19 @@ def rms_norm_gradient(
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     sums = partial + program.to(tl.int64) * WIDTH
+    dtype: tl.constexpr = x.dtype.element_ty
     key = 0
     if DROP:
         key = tl.load(seed)
     if WHOLE:
         total = tl.zeros((BLOCK,), tl.float32)
+        weights = load_weight(weight, 0, dtype, WIDTH, BLOCK)
         row = program
         while row < rows:
             offset = row.to(tl.int64) * WIDTH
-            values, outer, weighted = load_for_gradient(gradient, x, weight, 0, offset, WIDTH, BLOCK)
+            values = load_row(x, 0, offset, WIDTH, BLOCK)
+            outer = load_row(gradient, 0, offset, WIDTH, BLOCK)
+            weighted = outer * weights
             root = tl.rsqrt(tl.sum(values * values) / WIDTH + epsilon)
             along = tl.sum(values * weighted) * root * root / WIDTH  # what is along x does not change the norm
             total += outer * (values * root)
@@ -163,16 +171,19 @@ def rms_norm_gradient(
             squares = tl.zeros((BLOCK,), tl.float32)
             products = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, WIDTH, BLOCK):
-                values, outer, weighted = load_for_gradient(gradient, x, weight, start, offset, WIDTH, BLOCK)
+                values = load_row(x, start, offset, WIDTH, BLOCK)
                 squares += values * values
-                products += values * weighted
+                weights = load_weight(weight, start, dtype, WIDTH, BLOCK)
+                products += values * load_row(gradient, start, offset, WIDTH, BLOCK) * weights
             root = tl.rsqrt(tl.sum(squares) / WIDTH + epsilon)
             along = tl.sum(products) * root * root / WIDTH
             for start in range(0, WIDTH, BLOCK):
-                values, outer, weighted = load_for_gradient(gradient, x, weight, start, offset, WIDTH, BLOCK)
+                values = load_row(x, start, offset, WIDTH, BLOCK)
+                outer = load_row(gradient, start, offset, WIDTH, BLOCK)
                 columns = start + tl.arange(0, BLOCK)
                 before = tl.load(sums + columns, mask=columns < WIDTH, other=0.0)
                 tl.store(sums + columns, before + outer * (values * root), mask=columns < WIDTH)
+                weighted = outer * load_weight(weight, start, dtype, WIDTH, BLOCK)
                 inner = root * (weighted - values * along)
                 store_gradient(
                     inner, more, x_gradient, branch_gradient, key, row, start, offset, p, scale,
