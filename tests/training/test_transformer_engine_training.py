@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron.core.config import ModelConfig, ParallelConfig
+from megatron.core.models.T5.t5_pipeline import SCHEDULES, choose_plan
 from tests import transformer_engine_double as double
 from tests.distributed import run_distributed
 from tests.layouts.comparison import LIMITS, difference, metrics, one_thread, train, train_here
@@ -112,6 +114,16 @@ def test_fp8_is_near_bf16_and_covers_the_linear_layers(
     firsts = {first for _, _, first in linear}
     # Weights are rounded once a step, but where they are released after each use. None: evaluation.
     assert firsts == ({None} if layout.dp > 1 else {True, False, None})
+
+
+@pytest.mark.parametrize("own_products", [False, True])
+def test_automatic_schedules_leave_no_weight_gradients_to_put_off(own_products: bool) -> None:
+    model = ModelConfig(
+        encoder_num_layers=6, hidden_size=32, num_attention_heads=4, vocab_size=384, activation_function="relu"
+    )
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    plan = choose_plan(model, parallel, 512, 114, num_microbatches=8, own_products=own_products)
+    assert SCHEDULES[plan.schedule].splits_backward != own_products
 
 
 def test_mistakes_are_told_in_one_line(byte_dataset: Path, tmp_path: Path) -> None:
