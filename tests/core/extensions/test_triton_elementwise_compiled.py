@@ -1,4 +1,4 @@
-"""The elementwise Triton kernels compile for a GPU, without one: no spilled registers, and the widest loads there are."""
+"""The elementwise Triton kernels compile for a GPU without one: no spilled registers, and the widest loads."""
 
 import json
 import os
