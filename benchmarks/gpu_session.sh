@@ -45,7 +45,7 @@ corpus() {
     local prefix=$WORK/corpus
     if [ ! -e "$prefix"_text_document.json ]; then
         "$PYTHON" benchmarks/source_corpus.py --output "$WORK/sources.jsonl" --megabytes 64
-        "$PYTHON" benchmarks/source_corpus.py --output "$WORK/sample.jsonl" --megabytes 8
+        "$PYTHON" benchmarks/source_corpus.py --output "$WORK/sample.jsonl" --megabytes 4
         "$PYTHON" tools/train_tokenizer.py --input "$WORK/sample.jsonl" --output "$WORK/tokenizer.model" \
             --vocab-size 8000
         "$PYTHON" tools/preprocess_data.py --input "$WORK/sources.jsonl" --output-prefix "$prefix" --overwrite \
@@ -114,8 +114,8 @@ END
             --profile --profile-step-start 45 --profile-step-end 47 --profile-dir "$WORK/trainer/profile"
         cp "$WORK/trainer/metrics.jsonl" "$OUT/trainer.jsonl"
         ;;
-    convergence) converge convergence 8 ;;
-    convergence-long) converge convergence-long 8 --length 2048 --rows 2 --steps 500 ;;
+    convergence) converge convergence 7 ;;
+    convergence-long) converge convergence-long 7 --length 2048 --rows 2 --steps 500 ;;
     *)
         echo "error: $1 is no stage; they are in the first lines of $0" >&2
         return 2
