@@ -19,9 +19,6 @@ from megatron.core.distributed import (
     default_sharding_strategy,
     sum_replicated_gradients_,
 )
-from megatron.core.errors import UserError
-from megatron.core.extensions.attention import AttentionRequest, choose_attention
-from megatron.core.extensions.elementwise import check_elementwise
 from megatron.core.inference.loading import build_inference_model
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_pipeline import StagePlan, choose_plan
@@ -32,9 +29,10 @@ from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import initialize_parameters, local_tensor, model_parameters
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.transformer.precision import compute_dtype
+from megatron.training.backends import check_backends
 from megatron.training.config import RunConfig
-from megatron.training.cuda_graphs import DeviceGraph, GraphedMicrobatches, check_cuda_graphs
-from megatron.training.linear_products import cached_products, check_products, has_products, install_products
+from megatron.training.cuda_graphs import DeviceGraph, GraphedMicrobatches
+from megatron.training.linear_products import cached_products, has_products, install_products
 
 if TYPE_CHECKING:
     from megatron.core.pipeline_parallel.runtime import Pipeline
@@ -85,8 +83,6 @@ def build_stages(
     strategy = sharding_strategy(config)
     z_loss_weight = config.optimizer.z_loss_weight
     stages: list[T5Model] = []
-    check_attention(config, context.device)
-    check_elementwise(config.compute, context.device, compute_dtype(config.compute) or torch.float32)
     with torch.device("meta"):
         if plan is None:
             stages = [T5Model(config.model, config.compute, z_loss_weight, tensor_parallel=tensor_parallel)]
@@ -99,27 +95,6 @@ def build_stages(
             compile_layers(stage.blocks)
     data_parallel = [DataParallel(stage, context, config.compute, stage.blocks, strategy) for stage in stages]
     return stages, data_parallel
-
-
-def check_attention(config: RunConfig, device: torch.device) -> None:
-    """Raise `UserError` for an attention backend that does not compute what the run needs, before there is a model."""
-    model, parallel, compute = config.model, config.parallel, config.compute
-    divided = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
-    has_segments = config.data.packing == "segments" or config.data.objective == "text-to-text"
-    for has_diagonals in {model.position_embedding_type == "relative", False}:  # cross-attention has none
-        request = AttentionRequest(
-            device,
-            compute_dtype(compute) or torch.float32,
-            model.kv_channels,
-            has_diagonals=has_diagonals,
-            has_segments=has_segments,
-            dropout=model.attention_dropout,
-            compiled=compute.compile,
-            divided=divided,
-        )
-        backend = choose_attention(compute.attention_backend, request)
-        if reason := backend.refuses(request):
-            raise UserError(f"--attention-backend {backend.name}, which is all that is left here, {reason}")
 
 
 class DistributedModel:
@@ -144,9 +119,7 @@ class DistributedModel:
     ) -> None:
         self.context = context
         self.plan = plan
-        check_products(config, context.device)
-        if config.compute.cuda_graphs:
-            check_cuda_graphs(config, context, sharding_strategy(config))
+        check_backends(config, context, sharding_strategy(config))
         self.tensor_parallel = TensorParallel.of(context, config.parallel)
         self.stages, self.data_parallel = build_stages(config, context, plan, self.tensor_parallel)
         install_products(self.stages, config, context)

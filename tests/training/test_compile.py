@@ -15,7 +15,7 @@ from megatron.core.compilation import compile_layers
 from megatron.core.datasets.loader import TensorBatch
 from megatron.core.errors import UserError
 from megatron.core.parallel_state import ParallelContext
-from megatron.training import model_setup
+from megatron.training import backends, model_setup
 from megatron.training.arguments import parse_args
 from tests.distributed import run_distributed
 
@@ -144,4 +144,4 @@ def test_masks_inside_of_torchs_attention_are_refused() -> None:
     flags = "--tensor-model-parallel-size 2 --attention-dropout 0.1 --attention-backend sdpa --compile"
     config = parse_args([*MODEL, *SHALLOW, *shlex.split(flags)]).config
     with pytest.raises(UserError, match="only beside --sequence-parallel; use"):
-        model_setup.check_attention(config, torch.device("cpu"))
+        backends.check_attention(config, torch.device("cpu"))

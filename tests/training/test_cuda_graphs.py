@@ -12,7 +12,7 @@ from torch import nn
 from megatron.core.datasets.loader import TensorBatch
 from megatron.core.errors import UserError
 from megatron.core.parallel_state import ParallelContext
-from megatron.training import model_setup
+from megatron.training import backends, model_setup
 from megatron.training.arguments import parse_args
 from megatron.training.cuda_graphs import WARM_UPS, GraphedMicrobatches, check_cuda_graphs
 from megatron.training.training import pretrain_in
@@ -56,7 +56,7 @@ def train(rank: int, flags: list[str], folder: Path) -> list[tuple[int, int]]:
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_setup, "check_cuda_graphs", lambda *_: None)
+        patch.setattr(backends, "check_cuda_graphs", lambda *_: None)
         patch.setattr(model_setup, "DeviceGraph", make_graph)
         for name, more in (("eager", []), ("graphs", ["--cuda-graphs"])):
             config = parse_args([*flags, *more, "--save", str(folder / name)]).config

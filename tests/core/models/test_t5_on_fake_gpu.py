@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from tests import fake_gpu
 
@@ -39,12 +42,19 @@ MODEL = (
 )
 
 
+def _without_modes(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function` as torch.compile wants it: it finds out by itself that tensors are fake."""
+    with unset_fake_temporarily():
+        return function(*arguments)
+
+
 def _build(flags: str, mode: FakeTensorMode) -> tuple[Any, Any, Any]:
     """Configuration, context and model, whose parameters say that they are on the GPU."""
-    from megatron.core.extensions.elementwise import check_elementwise
+    from megatron.core import compilation
     from megatron.core.parallel_state import ParallelContext
     from megatron.training import model_setup
     from megatron.training.arguments import parse_args
+    from megatron.training.backends import check_backends
 
     def to_empty(module: nn.Module, device: torch.device) -> nn.Module:
         with mode:
@@ -55,11 +65,19 @@ def _build(flags: str, mode: FakeTensorMode) -> tuple[Any, Any, Any]:
 
     def check(*arguments: Any) -> None:
         with mode:  # it makes an empty tensor
-            check_elementwise(*arguments)
+            check_backends(*arguments)
+
+    def compile_layers(layers: Iterable[nn.Module]) -> None:
+        layers = list(layers)
+        compilation.compile_layers(layers, backend="aot_eager")
+        for layer in layers:
+            layer.forward = partial(_without_modes, layer.forward)
 
     config = parse_args([*MODEL.split(), *flags.split()]).config
     context = ParallelContext(torch.device("cuda", 0))
-    replaced = {"initialize_parameters": mock.DEFAULT, "check_elementwise": check}
+    replaced = {
+        "initialize_parameters": mock.DEFAULT, "check_backends": check, "compile_layers": compile_layers
+    }  # fmt: skip
     with mock.patch.multiple(model_setup, **replaced), mock.patch.object(nn.Module, "to_empty", to_empty):
         return config, context, model_setup.DistributedModel(config, context, None, num_microbatches=2)
 
@@ -72,7 +90,9 @@ def trace_step(flags: str, has_segments: bool) -> None:
 
     mode = FakeTensorMode()
     config, context, model = _build(flags, mode)
-    with mode, fake_gpu.NoCopies():
+    # torch.compile goes along with no mode but its own.
+    no_copies = nullcontext() if config.compute.compile else fake_gpu.NoCopies()
+    with mode, no_copies:
         optimizer = build_optimizer(config.optimizer, model.parameters, context)
         encoder, decoder = (torch.ones(4, length, dtype=torch.int32, device="cuda") for length in (48, 20))
         batch = TensorBatch(encoder, decoder, decoder, *((encoder, decoder) if has_segments else ()))
@@ -104,6 +124,15 @@ def trace_steps(*variants: str) -> None:
         for variant in variants:
             name, _, flags = variant.partition("=")
             print(_failure(name, flags, has_segments="segments" in name), end="")
+
+
+@pytest.mark.slow
+def test_compiled_steps_stay_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the graphs that inductor would get."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    names = ["bf16", "tied", "rotary", *(["Triton, bf16", "auto"] if find_spec("triton") else [])]
+    variants = [f"{name}={(VARIANTS | WITH_TRITON)[name]} --compile" for name in names]
+    assert fake_gpu.run(fake_gpu.build(tmp_path), trace_steps, *variants) == ""
 
 
 def test_steps_stay_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
