@@ -213,7 +213,7 @@ def name(case: Case) -> str:
     return "-".join(map(str, case)).replace(" ", "")
 
 
-@pytest.mark.parametrize("case", pairwise(14), ids=name)
+@pytest.mark.parametrize("case", pairwise(12), ids=name)
 def test_equals_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, monkeypatch)
 
@@ -309,7 +309,7 @@ def test_bucket_table_gets_the_dense_gradient(bidirectional: bool) -> None:
     torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shift", [0.0, -300.0, 300.0])
+@pytest.mark.parametrize("shift", [-300.0, 300.0])
 def test_extreme_scores(shift: float) -> None:
     """T5's scores are not scaled: rows whose sum of exponentials is no fp32 number, and probabilities of 0 and 1."""
     case = PLAIN._replace(lengths=(70, 70))
