@@ -49,7 +49,7 @@ def shapes(tiny: bool) -> list[Shape]:
 
 def variants(kernel: str, table: Any, grid: tuple[tuple[int, ...], ...]) -> Iterator[Any]:
     """All tiles of a step, of which those of one kernel differ from the table's; the table's own first."""
-    from megatron.core.extensions.triton_attention import Tile
+    from megatron.core.extensions.triton_attention_tiles import Tile
 
     yield table
     for rows, columns, warps, stages in product(*grid):
@@ -85,7 +85,7 @@ def measure_variants(
     remaining_s: Callable[[], float],
 ) -> None:
     """A row of each variant of each kernel."""
-    from megatron.core.extensions.triton_attention import choose_tiles
+    from megatron.core.extensions.triton_attention_tiles import choose_tiles
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     table = choose_tiles(capability, shape.channels, shape.dtype.itemsize)

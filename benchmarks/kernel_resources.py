@@ -104,7 +104,7 @@ def attention_launches(
     capability: int, dtype: torch.dtype, head_dim: int, *, causal: bool = False, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
     """Launches of all kernels of attention of 16 rows of 512 tokens, and their tiles."""
-    from megatron.core.extensions.triton_attention import choose_tiles
+    from megatron.core.extensions.triton_attention_tiles import choose_tiles
 
     tiles = choose_tiles((capability // 10, capability % 10), head_dim, dtype.itemsize)
     shape = Shape(16, 12, 512, head_dim, causal, dtype)
