@@ -15,7 +15,7 @@ prepare_environment() {
     source "$root/.venv/bin/activate"
     stamp="$root/.venv/.installed-$extras"
     wanted=$(cat "$root/setup.py" "$root/pyproject.toml" "$root/tools/constraints.txt" \
-                 "$root/tools/transformers4.txt" "$root"/megatron/core/{datasets,extensions}/*.{cpp,h} | cksum)
+                 "$root"/tools/{transformers4,transformer_engine}.txt "$root"/megatron/core/{datasets,extensions}/*.{cpp,h} | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         echo "[setup] .venv is up to date"
         return 0
@@ -31,6 +31,9 @@ prepare_environment() {
         echo "[setup] installing transformers 4 into a directory of its own"
         python -m pip install -qq --no-deps --upgrade --target "$root/.venv/transformers4" \
             --requirement "$root/tools/transformers4.txt" || return 1
+        echo "[setup] installing the sources of Transformer Engine beside it"
+        python -m pip install -qq --no-deps --upgrade --target "$root/.venv/transformer_engine_sources" \
+            --requirement "$root/tools/transformer_engine.txt" || return 1
     fi
     echo "$wanted" > "$stamp"
 }
