@@ -289,6 +289,18 @@ def test_streams_and_seeds_drop_other_places() -> None:
     assert abs((masks[0] == masks[1]).double().mean().item() - 0.625) < 0.05
 
 
+def test_dropped_places_have_no_pattern() -> None:
+    """Places share the bits of their row and their column; what becomes of them must not show it."""
+    mask = dropout_mask(torch.full((1,), 7, dtype=torch.int64, device=DEVICE), 1, 1, 512, 512, 0.5)[0, 0].double() - 0.5
+    for sums in (mask.sum(0), mask.sum(1), mask.diagonal()[None].sum(1)):
+        assert sums.abs().max() < 5 * (0.25 * 512) ** 0.5
+    for left, right in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1]), (mask[1:, 1:], mask[:-1, :-1])):
+        assert abs((left * right).mean()) < 5 * 0.25 / left.numel() ** 0.5
+    # What a sum of a row's and a column's bits alone would show.
+    minors = mask[1:, 1:] * mask[1:, :-1] * mask[:-1, 1:] * mask[:-1, :-1]
+    assert abs(minors.mean()) < 5 * 0.0625 / minors.numel() ** 0.5
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_bucket_table_gets_the_dense_gradient(bidirectional: bool) -> None:
     config = ModelConfig(
