@@ -1,4 +1,4 @@
-"""Other products for the linear layers of the blocks: Transformer Engine's, and FP8.
+"""Other products for the linear layers of the blocks: Transformer Engine's, and FP8; and 16-bit copies of weights.
 
 Embeddings, the head and attention scores never take part in FP8.
 """
@@ -13,12 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron.core.config import ComputeConfig
 from megatron.core.errors import UserError
-from megatron.core.extensions import gradient_accumulation, torchao_fp8, transformer_engine
+from megatron.core.extensions import gpu_linear, gradient_accumulation, torchao_fp8, transformer_engine
 from megatron.core.extensions.fp8 import check_fp8
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_pipeline import SCHEDULES
 from megatron.core.parallel_state import ParallelContext
+from megatron.core.parameters import local_tensor
 from megatron.core.tensor_parallel import Linear
+from megatron.core.transformer.precision import compute_dtype
 from megatron.training.config import RunConfig
 
 
@@ -76,6 +78,45 @@ def cached_products(stages: Sequence[T5Model]) -> list[transformer_engine.Linear
     """Those that can keep FP8 weights from one microbatch of a step to the next."""
     products = (layer.product for stage in stages for layer in stage.modules() if isinstance(layer, Linear))
     return [each for each in products if isinstance(each, transformer_engine.LinearProduct) and each.fp8]
+
+
+class CastWeights:
+    """16-bit copies of fp32 weights that this rank holds whole, for all passes until the weights change.
+
+    They are no parameters and in no checkpoint. `refresh` comes before the passes that follow a change.
+
+    Args:
+        layers: Linear layers, each of which finds its copy in `cast`. Their weights are where they will stay.
+        dtype: Of the copies.
+    """
+
+    def __init__(self, layers: Sequence[Linear], dtype: torch.dtype) -> None:
+        self._layers = layers
+        self._copies = [torch.empty_like(weight, dtype=dtype) for weight in self._weights()]
+        for layer, copy in zip(layers, self._copies, strict=True):
+            layer.cast = copy
+
+    def _weights(self) -> list[torch.Tensor]:
+        return [local_tensor(layer.weight.detach()) for layer in self._layers]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the copies equal to the weights, in place."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._weights())
+
+
+def cast_weights(stages: Sequence[T5Model], config: RunConfig, context: ParallelContext) -> CastWeights:
+    """Copies for the layers that are computed in 16 bits by torch on a GPU; none where FSDP2 holds the weights.
+
+    FSDP2 gathers weights in 16 bits, and on CPUs the products cast them (`cpu_linear`).
+    """
+    dtype, layers = compute_dtype(config.compute), []
+    gathers = any(isinstance(stage, FSDPModule) for stage in stages)
+    if dtype is not None and context.device.type in gpu_linear.DEVICES and not gathers:
+        takes_copies = config.compute.gradient_accumulation_fusion
+        layers = [layer for layer, _ in _linear_layers(stages, config) if layer.product is None or takes_copies]
+    return CastWeights(layers, dtype or torch.float32)
 
 
 def _linear_layers(stages: Sequence[T5Model], config: RunConfig) -> Iterator[tuple[Linear, bool]]:

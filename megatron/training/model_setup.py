@@ -32,7 +32,7 @@ from megatron.core.transformer.precision import compute_dtype
 from megatron.training.backends import check_backends
 from megatron.training.config import RunConfig
 from megatron.training.cuda_graphs import DeviceGraph, GraphedMicrobatches
-from megatron.training.linear_products import cached_products, has_products, install_products
+from megatron.training.linear_products import cached_products, cast_weights, has_products, install_products
 
 if TYPE_CHECKING:
     from megatron.core.pipeline_parallel.runtime import Pipeline
@@ -126,6 +126,7 @@ class DistributedModel:
         for stage in self.stages:
             stage.to_empty(device=context.device)
             initialize_parameters(stage, config.training.seed)
+        self.cast_weights = cast_weights(self.stages, config, context)
         self.shared: SharedParameters | None = None
         self.pipeline: Pipeline | None = None
         if plan is None:
@@ -180,6 +181,7 @@ class DistributedModel:
             Sums of cross-entropy and z-loss, float64 `[2]`; zeros where there is no loss. None when it was given up,
             with whatever gradients there are by then.
         """
+        self.cast_weights.refresh()
         for product in self.fp8_weights:
             product.begin_step()
         if self.pipeline is not None:
@@ -225,6 +227,7 @@ class DistributedModel:
 
         `batch` holds `evaluation_microbatches` microbatches.
         """
+        self.cast_weights.refresh()
         losses: torch.Tensor | None
         if self.pipeline is not None:
             losses = self.pipeline.evaluate(batch.inputs())

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron.core.config import ComputeConfig
 from megatron.core.errors import UserError
-from megatron.core.extensions import apex
+from megatron.core.extensions import apex, gpu_linear
 from megatron.core.parameters import local_tensor
 
 
@@ -58,10 +58,12 @@ def accumulating_linear(parameter: Callable[[], Tensor]) -> Callable[..., Tensor
         parameter: Gives the fp32 parameter, plain or a DTensor, whose local part is the weight of every call.
     """
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, cast: Tensor | None = None) -> Tensor:
+        if cast is None:
+            cast = weight.detach().to(x.dtype)
         if not (torch.is_grad_enabled() and weight.requires_grad):
-            return F.linear(x, weight.to(x.dtype), bias)
-        product: Tensor = _AccumulatingLinear.apply(x, weight, parameter)
+            return F.linear(x, cast, bias)
+        product: Tensor = _AccumulatingLinear.apply(x, weight, cast, parameter)
         return product if bias is None else product + bias
 
     return linear
@@ -69,20 +71,19 @@ def accumulating_linear(parameter: Callable[[], Tensor]) -> Callable[..., Tensor
 
 class _AccumulatingLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, parameter: Callable[[], Tensor]) -> Tensor:
-        assert weight.dtype == torch.float32
-        cast = weight.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, cast: Tensor, parameter: Callable[[], Tensor]) -> Tensor:
+        assert weight.dtype == torch.float32 and cast.dtype == x.dtype
         ctx.save_for_backward(x, cast)
         ctx.parameter = parameter
         return F.linear(x, cast)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, cast = ctx.saved_tensors
         x_gradient = gradient @ cast if ctx.needs_input_grad[0] else None
         total = _take_gradient(ctx.parameter())
-        return x_gradient, _added(total, x.flatten(0, -2), gradient.flatten(0, -2)), None
+        return x_gradient, _added(total, x.flatten(0, -2), gradient.flatten(0, -2)), None, None
 
 
 def _take_gradient(parameter: Tensor) -> Tensor | None:
@@ -102,5 +103,5 @@ def _added(total: Tensor | None, x: Tensor, gradient: Tensor) -> Tensor:
         apex.add_weight_gradient(x.contiguous(), gradient.contiguous(), total)
         return total
     if total is None:
-        return torch.mm(gradient.T, x, out_dtype=torch.float32)
+        return gpu_linear.weight_gradient(gradient, x)
     return torch.addmm(total, gradient.T, x, out_dtype=torch.float32, out=total)

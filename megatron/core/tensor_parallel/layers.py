@@ -60,6 +60,8 @@ class Linear(nn.Module):
         self.parameter_specs = {"weight": ParamSpec(axes, init, matrices, block, valid_shape=valid_shape)}
         # Replaces the product of the ranks where a backend has one for this layer (FP8, Transformer Engine).
         self.product: LinearFunction | None = None
+        # This rank's part of the weight in the dtype of the input, where something keeps it up to date with the weight.
+        self.cast: Tensor | None = None
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features))
@@ -71,12 +73,12 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]` (this rank's share of them), in the dtype of `x`."""
         bias = None if self.bias is None else local_tensor(self.bias).to(x.dtype)
-        return self.linear(x, local_tensor(self.weight), bias)
+        return self.linear(x, bias)
 
-    @property
-    def linear(self) -> LinearFunction:
-        """The product that computes this layer."""
-        return self.product or self.tensor_parallel.linear
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product of this rank's part of the weight, by whatever computes this layer."""
+        product, weight = self.product or self.tensor_parallel.linear, local_tensor(self.weight)
+        return product(x, weight, bias) if self.cast is None else product(x, weight, bias, self.cast)
 
 
 class ColumnParallelLinear(Linear):
@@ -126,19 +128,18 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[b, s, in_features / ranks]` to `[b, s', out_features]`."""
-        weight = local_tensor(self.weight)
         bias = None if self.bias is None else local_tensor(self.bias).to(self.output_dtype or x.dtype)
         if self.tensor_parallel.size == 1 and self.output_dtype in (None, x.dtype):
-            return self.linear(x, weight, bias)
-        product = self.tensor_parallel.leave(self._product(x, weight))
+            return self.linear(x, bias)
+        product = self.tensor_parallel.leave(self._product(x))
         return product if bias is None else product + bias
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         if self.output_dtype is None:
-            return self.linear(x, weight)
+            return self.linear(x)
         if x.dtype != torch.float16:
-            return self.linear(x, weight).to(self.output_dtype)
-        return self.linear(x * FP16_PRODUCT_SCALE, weight).to(self.output_dtype) * (1.0 / FP16_PRODUCT_SCALE)
+            return self.linear(x).to(self.output_dtype)
+        return self.linear(x * FP16_PRODUCT_SCALE).to(self.output_dtype) * (1.0 / FP16_PRODUCT_SCALE)
 
 
 class Embedding(nn.Module):

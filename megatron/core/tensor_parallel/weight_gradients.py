@@ -19,32 +19,34 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron.core.tensor_parallel.products import weight_gradient
 
-LinearFunction: TypeAlias = Callable[..., Tensor]  # input, weight, maybe bias
+LinearFunction: TypeAlias = Callable[..., Tensor]  # input, weight, maybe bias, maybe the weight in the input's dtype
 
 
 class DeferredWeightGradients:
     """Collects the products of the backward passes of the layers whose linear function is `linear`."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Tensor, Tensor, GradientEdge]] = []
+        self._pending: list[tuple[Tensor, Tensor, GradientEdge, torch.dtype]] = []
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, cast: Tensor | None = None) -> Tensor:
         """As `products.linear`, with the weight's gradient put off.
 
         Args:
             x: `[..., in_features]`.
             weight: `[out_features, in_features]`, a parameter or made from one by views and casts, any floating dtype.
             bias: `[out_features]`; its gradient is not put off.
+            cast: As of `products.linear`.
         """
-        weight = weight.to(x.dtype)
+        if cast is None:
+            weight = cast = weight.to(x.dtype)
         if not (torch.is_grad_enabled() and weight.requires_grad):
-            return F.linear(x, weight, bias)
-        result: Tensor = _Linear.apply(x, weight, bias, self, get_gradient_edge(weight))
+            return F.linear(x, cast, bias)
+        result: Tensor = _Linear.apply(x, weight, cast, bias, self, get_gradient_edge(weight))
         return result
 
-    def put_off(self, x: Tensor, gradient: Tensor, weight: GradientEdge) -> None:
+    def put_off(self, x: Tensor, gradient: Tensor, weight: GradientEdge, dtype: torch.dtype) -> None:
         """Remember a product: the input and the output's gradient of a linear layer, and where the result goes."""
-        self._pending.append((x, gradient, weight))
+        self._pending.append((x, gradient, weight, dtype))
 
     def take(self) -> Callable[[], None]:
         """What has been put off since the last call, as a function that computes it and adds it to the gradients."""
@@ -53,8 +55,8 @@ class DeferredWeightGradients:
         def compute() -> None:
             pending.reverse()
             while pending:  # each input is freed with its product
-                x, gradient, weight = pending.pop()
-                product = weight_gradient(gradient, x)  # [out_features, in_features]
+                x, gradient, weight, dtype = pending.pop()
+                product = weight_gradient(gradient, x, dtype)  # [out_features, in_features]
                 # Through the cast or view that made the weight, to the parameter.
                 torch.autograd.backward((weight,), (product,))
 
@@ -67,18 +69,19 @@ class _Linear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        cast: Tensor,
         bias: Tensor | None,
         deferred: DeferredWeightGradients,
         weight_edge: GradientEdge,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.deferred, ctx.weight_edge = deferred, weight_edge
-        return F.linear(x, weight, bias)
+        ctx.save_for_backward(x, cast)
+        ctx.deferred, ctx.weight_edge, ctx.weight_dtype = deferred, weight_edge, weight.dtype
+        return F.linear(x, cast, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        ctx.deferred.put_off(x.detach(), gradient.detach(), ctx.weight_edge)
-        x_gradient = gradient @ weight if ctx.needs_input_grad[0] else None
-        bias_gradient = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return x_gradient, None, bias_gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
+        x, cast = ctx.saved_tensors
+        ctx.deferred.put_off(x.detach(), gradient.detach(), ctx.weight_edge, ctx.weight_dtype)
+        x_gradient = gradient @ cast if ctx.needs_input_grad[0] else None
+        bias_gradient = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        return x_gradient, None, None, bias_gradient, None, None
