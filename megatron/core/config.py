@@ -255,16 +255,8 @@ class ComputeConfig:
         for name in ("recompute_method", "recompute_num_layers"):
             if getattr(self, name) is not None and self.recompute_granularity != "full":
                 raise UserError(f"{flag_name(name)} needs --recompute-granularity full; add it or remove the flag")
-        if self.transformer_impl == "transformer_engine":
-            import importlib.util
-
-            if importlib.util.find_spec("transformer_engine") is None:
-                raise UserError(
-                    "--transformer-impl transformer_engine needs the package transformer-engine, which is not "
-                    "installed; install it or use --transformer-impl local"
-                )
-            if self.norm_backend == "auto":
-                self.norm_backend = "transformer_engine"
+        if self.transformer_impl == "transformer_engine" and self.norm_backend == "auto":
+            self.norm_backend = "transformer_engine"
         require_positive(self, "fp8_amax_history_len")
 
 

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import torch
 
+from megatron.core.config import ComputeConfig
 from megatron.core.distributed import ShardingStrategy
 from megatron.core.errors import UserError
-from megatron.core.extensions.attention import AttentionRequest, choose_attention
-from megatron.core.extensions.elementwise import check_elementwise
+from megatron.core.extensions import torchao_fp8, transformer_engine
+from megatron.core.extensions.attention import AttentionRequest, attention_backend, choose_attention
+from megatron.core.extensions.elementwise import (
+    check_elementwise,
+    choose_activation,
+    choose_cross_entropy,
+    choose_norm,
+)
+from megatron.core.extensions.packages import require
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.transformer.precision import compute_dtype
 from megatron.training.config import RunConfig
 from megatron.training.cuda_graphs import check_cuda_graphs
 from megatron.training.linear_products import check_products
+
+
+def check_packages(compute: ComputeConfig) -> None:
+    """Raise `UserError` for a package that a flag names and that is not there; before processes meet or data is read.
+
+    What NVIDIA's packages need besides, such as a GPU, is for `check_backends` to say.
+    """
+    transformer_engine.check_package(compute)
+    if compute.fp8_format is not None and compute.transformer_impl == "local":
+        torchao_fp8.check(compute)
+    if compute.attention_backend != "auto":
+        package = attention_backend(compute.attention_backend).package
+        if package is not None:
+            require(f"--attention-backend {compute.attention_backend}", package, "use --attention-backend auto")
+    choose_norm(compute)
+    choose_activation(compute)
+    choose_cross_entropy(compute.cross_entropy_backend)
 
 
 def check_backends(config: RunConfig, context: ParallelContext, strategy: ShardingStrategy) -> None:

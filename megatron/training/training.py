@@ -22,6 +22,7 @@ from megatron.core.huggingface import export_checkpoint, require_exportable, req
 from megatron.core.models.T5.t5_flops import training_flops_per_sequence
 from megatron.core.optimizer import LearningRateSchedule, LossScaler, build_optimizer
 from megatron.core.parallel_state import ParallelContext
+from megatron.training.backends import check_packages
 from megatron.training.best import BestCheckpoint, best_metric
 from megatron.training.checkpointing import (
     Progress,
@@ -542,6 +543,7 @@ def pretrain(config: RunConfig, vocab_size_given: bool = False) -> int:
     Returns:
         The exit status: 0 when the run is done, or saved and stopped.
     """
+    check_packages(config.compute)
     with parallel_context(config.parallel) as context:
         keep_freed_memory(context.device)
         return pretrain_in(context, config, vocab_size_given)

@@ -170,7 +170,6 @@ def test_flag_syntax_exits_with_2(arguments: list[str], message: str, capsys: py
         ([*SMALL, "--split", "1,2,x"], "--split is '1,2,x'"),
         ([*SMALL, "--noise-density", "1.2"], "--noise-density is 1.2"),
         ([*SMALL, "--fp16", "--bf16"], "--fp16 and --bf16"),
-        ([*SMALL, "--transformer-impl", "transformer_engine"], "transformer-engine"),
         ([*SMALL, "--sequence-parallel"], "--sequence-parallel needs --tensor-model-parallel-size above 1"),
         ([*SMALL, "--tensor-model-parallel-size", "3"], "--num-attention-heads"),
         ([*SMALL, "--recompute-num-layers", "2"], "needs --recompute-granularity full"),

@@ -69,14 +69,19 @@ def _has_distribution(suffix: str) -> bool:
     return True
 
 
+def check_package(compute: ComputeConfig) -> None:
+    """Raise `UserError` when `--transformer-impl transformer_engine` is given and the package does not load."""
+    if compute.transformer_impl == "transformer_engine" and (reason := problem()) is not None:
+        raise UserError(f"{FLAG} {reason}; complete the installation (docs/how-to/fp8.md) or {LOCAL}")
+
+
 def check(compute: ComputeConfig, parallel: ParallelConfig, device: torch.device) -> None:
     """Raise `UserError` when `--transformer-impl transformer_engine` cannot compute this run; nothing for others."""
     if compute.transformer_impl != "transformer_engine":
         return
     if device.type not in DEVICES:
         raise UserError(f"{FLAG} computes on {' and '.join(DEVICES)}, and this run is on {device.type}; {LOCAL}")
-    if (reason := problem()) is not None:
-        raise UserError(f"{FLAG} {reason}; complete the installation (docs/how-to/fp8.md) or {LOCAL}")
+    check_package(compute)
     if compute.fp8_format is not None:
         _check_recipe(compute.fp8_recipe)
     schedule, delayed = parallel.pipeline_schedule, compute.fp8_recipe == "delayed" and compute.fp8_format is not None

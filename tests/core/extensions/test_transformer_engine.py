@@ -348,11 +348,12 @@ def test_a_run_without_gpus_is_refused(calls: list[Any], monkeypatch: pytest.Mon
 
 def test_the_package_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     double.forget()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="transformer_engine needs the package transformer-engine, which is not"):
-        compute()
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
-    assert transformer_engine.problem() == "needs the package transformer_engine, which is not installed"
+    settings = compute()  # as checkpoints and dry runs have them, which need no package
+    assert settings.norm_backend == "transformer_engine"
+    with pytest.raises(UserError, match="transformer_engine needs the package transformer_engine, which is not inst"):
+        transformer_engine.check_package(settings)
+    transformer_engine.check_package(ComputeConfig())
     double.forget()
 
 
