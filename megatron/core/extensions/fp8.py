@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.config import ComputeConfig, ModelConfig, flag_name
 from megatron.core.errors import UserError
 
 # Both dimensions of a weight, as each rank holds it, are multiples of this.
@@ -35,12 +35,20 @@ def check_fp8(compute: ComputeConfig, model: ModelConfig, tensor_ranks: int, dev
 
 
 def _check_flags(compute: ComputeConfig) -> None:
+    of_delayed = {
+        flag_name(name): getattr(compute, name) != getattr(ComputeConfig, name)
+        for name in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
+    }
     if compute.fp8_format is None:
-        without = {"--no-fp8-wgrad": not compute.fp8_wgrad, "--first-last-layers-bf16": compute.first_last_layers_bf16}
-        for flag, given in without.items():
-            if given:
-                raise UserError(f"{flag} needs --fp8-format; add it or remove the flag")
+        without = {
+            "--fp8-recipe": compute.fp8_recipe != ComputeConfig.fp8_recipe,
+            "--no-fp8-wgrad": not compute.fp8_wgrad,
+            "--first-last-layers-bf16": compute.first_last_layers_bf16,
+        }
+        _refuse(of_delayed | without, "--fp8-format")
         return
+    if compute.fp8_recipe != "delayed":
+        _refuse(of_delayed, "--fp8-recipe delayed")
     if not compute.bf16:
         raise UserError(f"--fp8-format {compute.fp8_format} needs --bf16 for all that is not computed in FP8; add it")
     if compute.transformer_impl == "local" and compute.fp8_recipe not in LOCAL_RECIPES:
@@ -48,6 +56,13 @@ def _check_flags(compute: ComputeConfig) -> None:
             f"--fp8-recipe {compute.fp8_recipe} needs --transformer-impl transformer_engine; add it, or use "
             f"--fp8-recipe {LOCAL_RECIPES[0]}"
         )
+
+
+def _refuse(flags: dict[str, bool], without: str) -> None:
+    """Raise `UserError` for the first flag that was given."""
+    for flag, given in flags.items():
+        if given:
+            raise UserError(f"{flag} needs {without}; add it or remove the flag")
 
 
 def _check_widths(compute: ComputeConfig, model: ModelConfig, tensor_ranks: int) -> None:

@@ -180,6 +180,9 @@ CPU = torch.device("cpu")
     [
         ({"bf16": False}, {}, 1, "--fp8-format hybrid needs --bf16"),
         ({"fp8_recipe": "mxfp8"}, {}, 1, "--fp8-recipe mxfp8 needs --transformer-impl transformer_engine"),
+        ({"fp8_margin": 1}, {}, 1, "--fp8-margin needs --fp8-recipe delayed"),
+        ({"fp8_format": None, "fp8_amax_history_len": 16}, {}, 1, "--fp8-amax-history-len needs --fp8-format"),
+        ({"fp8_format": None, "fp8_recipe": "delayed"}, {}, 1, "--fp8-recipe needs --fp8-format"),
         ({"fp8_format": None, "fp8_wgrad": False}, {}, 1, "--no-fp8-wgrad needs --fp8-format"),
         ({"fp8_format": None, "first_last_layers_bf16": True}, {}, 1, "--first-last-layers-bf16 needs --fp8-format"),
         ({}, {"hidden_size": 40}, 1, "--hidden-size 40 is not a multiple of 16"),
