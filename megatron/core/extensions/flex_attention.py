@@ -29,13 +29,11 @@ class _Prepared(NamedTuple):
     """What a stack's layers share.
 
     Attributes:
-        diagonals: fp32 `[n, q + k - 1]` of the padded lengths, or None.
         block_mask: Which keys are visible, or None for all.
         query_length: q, padded.
         key_length: k, padded.
     """
 
-    diagonals: Tensor | None
     block_mask: BlockMask | None
     query_length: int
     key_length: int
@@ -74,20 +72,16 @@ def _visible(bias: ScoreBias, query_padding: int, key_padding: int) -> Callable[
 
 
 def _prepare(bias: ScoreBias, dtype: torch.dtype, device: torch.device) -> ScoreBias:
-    """Pads the bias, and finds the blocks of keys that a block of queries sees."""
+    """Finds the blocks of keys that a block of queries sees."""
     assert bias.mask is None, "masks are segments here"
     queries, keys = _padded(bias.query_length), _padded(bias.key_length)
-    query_padding, key_padding = queries - bias.query_length, keys - bias.key_length
-    diagonals = None
-    if bias.diagonals is not None:
-        diagonals = F.pad(bias.diagonals.float(), (query_padding, key_padding)).contiguous()
-    visible = _visible(bias, query_padding, key_padding)
+    visible = _visible(bias, queries - bias.query_length, keys - bias.key_length)
     block_mask = None
     if visible is not None:
         tensors = () if bias.segments is None else bias.segments
         rows = max((tensor.shape[0] for tensor in tensors if tensor is not None), default=1)
         block_mask = create_block_mask(visible, rows, None, queries, keys, device=device, BLOCK_SIZE=BLOCK)
-    return bias._replace(prepared=_Prepared(diagonals, block_mask, queries, keys))
+    return bias._replace(prepared=_Prepared(block_mask, queries, keys))
 
 
 @cache
@@ -102,7 +96,11 @@ def _attend(
     assert options.dropout == 0.0, "refused by the registry"
     query, key, value = separate(query, key, value)
     prepared = bias.prepared or _prepare(bias, query.dtype, query.device).prepared
-    diagonals, block_mask, queries, keys = prepared
+    block_mask, queries, keys = prepared
+    diagonals = bias.diagonals  # not of what is prepared: layers may have tables of their own
+    if diagonals is not None:
+        padding = (queries - bias.query_length, keys - bias.key_length)
+        diagonals = F.pad(diagonals.float(), padding).contiguous()
     inputs = [
         F.pad(tensor, (0, 0, 0, 0, 0, length - tensor.shape[1])).transpose(1, 2)  # [b, n, s, d]
         for tensor, length in ((query, queries), (key, keys), (value, keys))
