@@ -220,7 +220,7 @@ def activated(x, GELU: tl.constexpr):
 def load_units(x, block, units, BLOCK: tl.constexpr):
     """fp32 `[BLOCK]` each of gate and up, which lie side by side."""
     places = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    pairs = tl.load(x + places, mask=places < 2 * units, other=0.0).to(tl.float32)
+    pairs = tl.load(x + places, mask=places < tl.cast(units, tl.int64) * 2, other=0.0).to(tl.float32)
     return tl.split(tl.reshape(pairs, (BLOCK, 2)))
 
 
@@ -244,4 +244,5 @@ def gated_gradient(gradient, x, x_gradient, units, GELU: tl.constexpr, BLOCK: tl
     outer = tl.load(gradient + places, mask=places < units, other=0.0).to(tl.float32)
     pairs = tl.interleave(outer * up * slope, outer * value)
     places = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    tl.store(x_gradient + places, pairs.to(x_gradient.dtype.element_ty), mask=places < 2 * units)
+    inside = places < tl.cast(units, tl.int64) * 2
+    tl.store(x_gradient + places, pairs.to(x_gradient.dtype.element_ty), mask=inside)

@@ -54,6 +54,20 @@ def test_gated_activation_at_the_ends(kind: str) -> None:
 
 
 @interpreted
+def test_gated_activation_of_many_units() -> None:
+    """The first program of those for 2**30 units: gate and up are then 2**31 numbers."""
+    kernels, options = ours._kernels(), {"GELU": False, "BLOCK": ours.UNITS_BLOCK}
+    units, many = ours.UNITS_BLOCK, 2**30
+    x = draw(2 * units).requires_grad_()
+    expected = cpu_elementwise.gated_activation(x, "gated-silu")
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), x)
+    y, gradient = torch.full((units,), torch.nan), torch.full((2 * units,), torch.nan)
+    kernels.gated[(1,)](x.detach(), y, many, **options)
+    kernels.gated_gradient[(1,)](torch.ones(units), x.detach(), gradient, many, **options)
+    torch.testing.assert_close((y, gradient), (expected.detach(), expected_gradient), rtol=1e-5, atol=1e-5)
+
+
+@interpreted
 @pytest.mark.parametrize(("dtype", "output"), [(dtype, dtype) for dtype in DTYPES] + [(FLOAT, HALF), (FLOAT, BRAIN)])
 @pytest.mark.parametrize("shape", [(5, 1), (2, 3, 5), (3, 1000), (0, 6)])
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, output: torch.dtype) -> None:
