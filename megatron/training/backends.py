@@ -49,8 +49,8 @@ def check_backends(config: RunConfig, context: ParallelContext, strategy: Shardi
         strategy: What data-parallel ranks divide.
     """
     check_attention(config, context.device)
+    check_products(config, context.device)  # --transformer-impl chooses norms, too, and is to be named first
     check_elementwise(config.compute, context.device, compute_dtype(config.compute) or torch.float32)
-    check_products(config, context.device)
     if config.compute.cuda_graphs:
         check_cuda_graphs(config, context, strategy)
 

@@ -128,7 +128,8 @@ def test_automatic_schedules_leave_no_weight_gradients_to_put_off(own_products: 
 
 def test_mistakes_are_told_in_one_line(byte_dataset: Path, tmp_path: Path) -> None:
     runs = [
-        (["--transformer-impl", "transformer_engine", "--compile"], "--compile does not go with"),
+        (["--transformer-impl", "transformer_engine", "--compile"], "--compile does not go with --transformer-impl"),
+        (["--norm-backend", "transformer_engine", "--compile"], "--norm-backend transformer_engine does not go with"),
         ([*FP8, "--fp16"], "needs --bf16"),
         ([*FP8, "--bf16", "--kv-channels", "6"], "--kv-channels 6"),
     ]

@@ -106,20 +106,11 @@ def check_elementwise(compute: ComputeConfig, device: torch.device, dtype: torch
     choose_norm(compute).module(residual, dtype=dtype)
     choose_activation(compute).module(numbers)
     choose_cross_entropy(compute.cross_entropy_backend).module(numbers)
-    _check_package(compute.norm_backend, device)
-
-
-def _check_package(name: str, device: torch.device) -> None:
-    """Raise `UserError` where a package whose norm is asked for cannot compute."""
-    if name == "apex":
+    if compute.norm_backend == "apex":
         from megatron.core.extensions import apex
 
         apex.check_norm(device)
-    elif name == "transformer_engine":
+    elif compute.norm_backend == "transformer_engine":
         from megatron.core.extensions import transformer_engine
 
-        setting = "--norm-backend transformer_engine"
-        if device.type not in transformer_engine.DEVICES:
-            raise UserError(f"{setting} needs a GPU, and this run is on {device.type}; use --norm-backend auto")
-        if (reason := transformer_engine.problem()) is not None:
-            raise UserError(f"{setting} {reason}; install it or use --norm-backend auto")
+        transformer_engine.check_norm(device, compute.compile)

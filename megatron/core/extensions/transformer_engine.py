@@ -109,13 +109,15 @@ def _check_recipe(name: str) -> None:
         raise UserError(f"--fp8-recipe {name} is not to be had here: {reason.rstrip('.')}; choose another or remove it")
 
 
-def check_norm(device: torch.device) -> None:
-    """Raise `UserError` when `--norm-backend transformer_engine` does not compute on this device."""
+def check_norm(device: torch.device, compiled: bool) -> None:
+    """Raise `UserError` when `--norm-backend transformer_engine` cannot compute on this device or be compiled."""
     flag, otherwise = "--norm-backend transformer_engine", "use --norm-backend auto"
     if device.type not in DEVICES:
-        raise UserError(f"{flag} computes on {' and '.join(DEVICES)}, and this run is on {device.type}; {otherwise}")
+        raise UserError(f"{flag} needs a GPU, and this run is on {device.type}; {otherwise}")
     if (reason := problem()) is not None:
-        raise UserError(f"{flag} {reason}; {otherwise}")
+        raise UserError(f"{flag} {reason}; install it or {otherwise}")
+    if compiled:
+        raise UserError(f"{flag} does not go with --compile, which cannot trace its kernels; {otherwise}")
 
 
 # FP8

@@ -342,8 +342,8 @@ def test_a_run_without_gpus_is_refused(calls: list[Any], monkeypatch: pytest.Mon
     monkeypatch.setattr(transformer_engine, "DEVICES", ("cuda",))
     with pytest.raises(UserError, match="computes on cuda, and this run is on cpu; use --transformer-impl local"):
         transformer_engine.check(compute(), ParallelConfig(), CPU)
-    with pytest.raises(UserError, match="--norm-backend transformer_engine computes on cuda"):
-        transformer_engine.check_norm(CPU)
+    with pytest.raises(UserError, match="--norm-backend transformer_engine needs a GPU"):
+        transformer_engine.check_norm(CPU, compiled=False)
 
 
 def test_the_package_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
