@@ -30,6 +30,12 @@ def check_products(config: RunConfig, device: torch.device) -> None:
     check_fp8(config.compute, config.model, config.parallel.tensor_model_parallel_size, device)
     if config.compute.fp8_format is not None and config.compute.transformer_impl == "local":
         torchao_fp8.check(config.compute)
+    delayed = config.compute.fp8_format is not None and config.compute.fp8_recipe == "delayed"
+    if delayed and config.training.check_determinism_interval is not None:
+        raise UserError(
+            "--check-determinism-interval does not go with --fp8-recipe delayed, whose scales change from one "
+            "computation of a step to the next; remove one of them"
+        )
     schedule = config.parallel.pipeline_schedule
     if has_products(config.compute) and schedule != "auto" and SCHEDULES[schedule].splits_backward:
         raise UserError(

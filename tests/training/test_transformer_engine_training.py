@@ -131,6 +131,10 @@ def test_mistakes_are_told_in_one_line(byte_dataset: Path, tmp_path: Path) -> No
         (["--transformer-impl", "transformer_engine", "--compile"], "--compile does not go with --transformer-impl"),
         (["--norm-backend", "transformer_engine", "--compile"], "--norm-backend transformer_engine does not go with"),
         ([*FP8, "--fp16"], "needs --bf16"),
+        (
+            [*FP8, "--bf16", "--fp8-recipe", "delayed", "--check-determinism-interval", "2"],
+            "--check-determinism-interval does not go with --fp8-recipe delayed",
+        ),
         ([*FP8, "--bf16", "--kv-channels", "6"], "--kv-channels 6"),
     ]
     given = [flags(Layout(), byte_dataset, tmp_path / str(i), *more) for i, (more, _) in enumerate(runs)]
