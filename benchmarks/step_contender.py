@@ -312,7 +312,9 @@ def describe(case: Case) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "flops": case.step_rows * training_flops_per_sequence(config.model, *lengths),
-        "planned_bytes": memory.stage_bytes(everything) + memory.workspace_bytes(everything),
+        "planned_bytes": sum(
+            count(everything) for count in (memory.stage_bytes, memory.workspace_bytes, memory.cast_bytes)
+        ),
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "torch": torch.__version__.split("+")[0],
         "transformers": version("transformers"),

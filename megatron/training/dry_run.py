@@ -49,7 +49,7 @@ class RankMemory:
 
     Attributes:
         weights: fp32 parameters, the part that this rank keeps.
-        gathered: Parameters of others that FSDP2 has gathered to compute with.
+        gathered: Parameters of others that FSDP2 has gathered to compute with, or 16-bit copies of the rank's own.
         gradients: fp32 sums over the microbatches, and the part that this rank keeps of their sum over the ranks.
         optimizer: State of the optimizer.
         activations: What forward passes keep for backward passes.
@@ -141,7 +141,8 @@ class DryRun:
             owned = {p.name: p.shape.numel() for p in parameters if p.name not in seen}
             seen |= set(owned)
             needs = max(self.memory.workspace_bytes(stage.units) for stage in stages)
-            memory = self._memory(parameters, data_parallel, *peaks[pp_rank], needs)
+            casts = sum(self.memory.cast_bytes(stage.units) for stage in stages)
+            memory = self._memory(parameters, data_parallel, *peaks[pp_rank], needs, casts)
             num_parameters = sum(p.shape.numel() for p in parameters)
             sent = self._sent(pp_rank, stages, parameters, data_parallel)
             ranks.append(DryRank(pp_rank, num_parameters, sum(owned.values()), memory, sent, busy[pp_rank]))
@@ -200,11 +201,12 @@ class DryRun:
         activations: int,
         messages: int,
         workspace: int,
+        casts: int,
     ) -> RankMemory:
         """Memory of a rank from its parameters, its FSDP2 units, and what passes need."""
         kept = 4 * sum(local_tensor(p.parameter.detach()).numel() for p in parameters)
         layers, outermost = _unit_bytes(data_parallel)
-        gathered = gradients = reduction = 0
+        gathered, gradients, reduction = casts, 0, 0
         if outermost:
             in_use = whole = sum(layers) + sum(outermost)
             largest = max([*layers, *outermost])

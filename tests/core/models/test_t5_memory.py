@@ -9,7 +9,7 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
-from megatron.core.extensions import cpu_elementwise
+from megatron.core.extensions import cpu_elementwise, triton_elementwise
 from megatron.core.models.T5 import t5_model
 from megatron.core.models.T5.t5_memory import T5Memory
 from megatron.core.models.T5.t5_sharding import shard_t5
@@ -17,7 +17,7 @@ from megatron.core.models.T5.t5_stage import T5Stage
 from megatron.core.models.T5.t5_units import Units
 from megatron.core.parallel_state import ParallelContext
 from megatron.core.parameters import local_tensor
-from megatron.core.tensor_parallel import TensorParallel
+from megatron.core.tensor_parallel import Linear, TensorParallel
 
 BATCH, ENCODER_LENGTH, DECODER_LENGTH = 2, 63, 23
 SHAPE: dict[str, Any] = {
@@ -81,7 +81,7 @@ def kept_bytes(
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("operators", [False, True])
+@pytest.mark.parametrize("kernels", [None, "cpu", "triton"])
 @pytest.mark.parametrize(
     ("model", "compute", "parallel", "stage"),
     [
@@ -102,12 +102,21 @@ def kept_bytes(
     ],
 )
 def test_formula_gives_what_autograd_keeps(
-    model: dict[str, Any], compute: dict[str, Any], parallel: dict[str, Any], stage: range, operators: bool,
+    model: dict[str, Any], compute: dict[str, Any], parallel: dict[str, Any], stage: range, kernels: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    operators = kernels == "cpu"
     if operators and "fp16" in compute:
         pytest.skip("fp16 has torch's operations, and operators for its fp32 residual stream")
     config = ModelConfig(**(SHAPE | model))
+    if kernels == "triton":
+        pytest.importorskip("triton")
+        if config.normalization != "RMSNorm":
+            pytest.skip("Triton has no LayerNorm")
+        compute = {"norm_backend": "triton", "activation_backend": "triton", **compute}
+        # What is kept does not depend on what is computed.
+        monkeypatch.setattr(triton_elementwise, "DEVICES", ("cpu",))
+        monkeypatch.setattr(triton_elementwise, "_launch", lambda *_, **__: None)
     compute_config = ComputeConfig(attention_backend="auto" if operators else "unfused", **compute)
     if not operators:  # torch's operations on CPUs stand in for those on GPUs
         monkeypatch.setattr(cpu_elementwise, "supports", lambda *_: False)
@@ -118,6 +127,30 @@ def test_formula_gives_what_autograd_keeps(
     )  # fmt: skip
     measured = kept_bytes(config, compute_config, parallel_config, stage, monkeypatch)
     assert memory.stage_bytes(stage) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(("model", "parallel"), [({}, {}), ({"activation_function": "gelu"}, TP)])
+def test_weights_are_cast_once_on_gpus(model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    config, compute, parallel_config = (
+        ModelConfig(**(SHAPE | model)),
+        ComputeConfig(bf16=True),
+        ParallelConfig(**parallel),
+    )
+    memory = {
+        (device, casts): T5Memory(
+            config, compute, parallel_config, BATCH, ENCODER_LENGTH, DECODER_LENGTH,
+            device_type=device, casts_weights=casts,
+        )
+        for device in ("cuda", "cpu") for casts in (False, True)
+    }  # fmt: skip
+    with torch.device("meta"):
+        blocks = T5Stage(config, compute, 1e-4, UNITS.all).blocks
+    layers = [each for block in blocks for each in block.modules() if isinstance(each, Linear)]
+    expected = 2 * sum(each.weight.numel() for each in layers) // parallel_config.tensor_model_parallel_size
+    assert memory["cuda", True].cast_bytes(UNITS.all) == expected
+    assert memory["cuda", True].stage_bytes(UNITS.all) == memory["cuda", False].stage_bytes(UNITS.all)
+    assert memory["cpu", True].stage_bytes(UNITS.all) == memory["cpu", False].stage_bytes(UNITS.all) + expected
+    assert memory["cpu", True].cast_bytes(UNITS.all) == memory["cuda", False].cast_bytes(UNITS.all) == 0
 
 
 def test_fused_attention_sequence_parallelism_and_recomputation_save_memory() -> None:

@@ -18,7 +18,9 @@ What is kept, in numbers, for a sequence of s tokens:
 | position bias | once for all layers of a stack on the stage: n s s, with fused attention or recomputation |
 | its own in a layer | instead of that: n s s in each layer, with fused attention or selective recomputation |
 | head | gradients instead of what they are made from: the input's b t h and, in fp32, the table's V h |
-| weights | without FSDP2 each microbatch keeps its own 16-bit copies of the weights it has used |
+| weights | without FSDP2 on CPUs, or with FP8: each microbatch keeps 16-bit copies of the weights it has used |
+
+On GPUs all microbatches share one set of 16-bit copies, which a rank keeps beside its weights.
 
 Full recomputation keeps the inputs of the groups of layers, and a group's own activations while it is worked on.
 Selective recomputation spares the probabilities. A number of the residual stream has 4 bytes with fp16, otherwise it
@@ -26,7 +28,9 @@ has the dtype of matrix products; biases, statistics of the norms and ids are sm
 
 With the C++ operators (fp32 and bf16 on CPUs) norms keep no normalised input, gated feed-forward keeps gate and up and
 their product, dropout keeps nothing, the position bias is a vector, and attention keeps two numbers a query and head
-(and the probabilities only where its operator does, which selective recomputation spares). Torch's own operations on
+(and the probabilities only where its operator does, which selective recomputation spares). Triton's kernels, which
+GPUs have unless other backends are named or layers are compiled, keep as little of norms and gated feed-forward, and
+nothing of the dropout before a norm. Torch's own operations on
 CPUs have masks of dropout that are numbers, norms of 16-bit numbers that keep their input in fp32, and no fused
 attention.
 """
@@ -60,8 +64,7 @@ class T5Memory:
         encoder_length: Tokens of an encoder row, s.
         decoder_length: Tokens of a decoder row, t.
         device_type: `cuda` or `cpu`.
-        casts_weights: Whether weights are cast to 16 bits where they are used, for each microbatch anew, and not by
-            FSDP2.
+        casts_weights: Whether weights are cast to 16 bits, and not by FSDP2.
         allows_operators: Whether C++ operators run where they can; off to check the rest of the formulas on a CPU.
     """
 
@@ -84,6 +87,22 @@ class T5Memory:
     def has_attention_operator(self) -> bool:
         """Whether attention is the C++ operator for CPUs."""
         return self.has_operators and self.compute.attention_backend in ("auto", "cpu")
+
+    @property
+    def has_norm_kernel(self) -> bool:
+        """Whether a norm is one operator with the sum and the dropout before it."""
+        return self.config.normalization == "RMSNorm" and self._has_kernel(self.compute.norm_backend)
+
+    def _has_kernel(self, backend: str) -> bool:
+        """Whether norms or gated activations of `backend` are C++ operators or Triton's kernels."""
+        chosen = backend == "auto" and self.device_type == "cuda" and not self.compute.compile
+        return self.has_operators or backend == "triton" or chosen
+
+    @property
+    def shares_casts(self) -> bool:
+        """Whether weights are cast once a step, for all microbatches."""
+        other_products = self.compute.fp8_format is not None or self.compute.transformer_impl != "local"
+        return self.casts_weights and self.device_type == "cuda" and not other_products
 
     @property
     def number_bytes(self) -> int:
@@ -137,11 +156,11 @@ class T5Memory:
         """A norm, with what matrix products read of it."""
         tokens, part = self.tokens(length)
         kept = self.number_bytes * tokens * self.config.hidden_size
-        return kept + self._normalised(part) + self._dropped(part)
+        return kept + self._normalised(part)
 
     def _normalised(self, part: int) -> int:
         """What the normalisation itself keeps of `part` tokens."""
-        if self.has_operators and self.config.normalization == "RMSNorm":
+        if self.has_norm_kernel:
             return self.residual_bytes * part * self.config.hidden_size
         input_bytes = 4 if self.device_type == "cpu" else self.residual_bytes
         rms_bytes = self.residual_bytes * (self.config.normalization == "RMSNorm")
@@ -189,15 +208,24 @@ class T5Memory:
         has_dropout = self.config.hidden_dropout > 0
         numbers = 2
         if self.config.gated:
-            numbers = 3 if self.has_operators else 4
+            numbers = 3 if self._has_kernel(self.compute.activation_backend) else 4
         if self.config.activation_function == "relu" and not has_dropout:
             numbers = 1  # the result of the activation is all that its gradient and the product need
         return (self.number_bytes * numbers + self._mask_bytes(self.number_bytes, divided=True) * has_dropout) * inner
 
-    def _cast_weights(self, unit: int) -> int:
-        """16-bit copies of the matrices of a unit."""
-        if not self.casts_weights:
-            return 0
+    def _block(self, unit: int, norms: int) -> int:
+        """What a layer keeps beside attention and feed-forward: its norms, their dropout, its cast weights."""
+        length = self.encoder_length if unit in self.units.encoder_layers else self.decoder_length
+        masks = 1 if self.has_norm_kernel else norms  # of dropout, which the kernel draws again
+        kept = norms * self._norm(length) + masks * self._dropped(self.tokens(length)[1])
+        return kept + (self._matrix_bytes(unit) if self.casts_weights and not self.shares_casts else 0)
+
+    def cast_bytes(self, stage: range) -> int:
+        """16-bit copies of weights that all microbatches share."""
+        return sum(self._matrix_bytes(unit) for unit in stage) if self.shares_casts else 0
+
+    def _matrix_bytes(self, unit: int) -> int:
+        """The matrices of a layer in the dtype of products; 0 for other units."""
         hidden = self.config.hidden_size
         attention = 4 * hidden * self._share(self.config.inner_size)
         feed_forward = (3 if self.config.gated else 2) * hidden * self._share(self.config.ffn_hidden_size)
@@ -213,11 +241,11 @@ class T5Memory:
         probabilities = not self.fused_attention and self.compute.recompute_granularity != "selective"
         if unit in units.encoder_layers:
             attention = self._attention(s, s, probabilities=probabilities) + self._own_bias(s)
-            return 2 * self._norm(s) + attention + self._feed_forward(s) + self._cast_weights(unit)
+            return self._block(unit, norms=2) + attention + self._feed_forward(s)
         if unit in units.decoder_layers:
             attention = self._attention(t, t, probabilities=probabilities) + self._own_bias(t)
             attention += self._attention(t, s, probabilities=probabilities)
-            return 3 * self._norm(t) + attention + self._feed_forward(t) + self._cast_weights(unit)
+            return self._block(unit, norms=3) + attention + self._feed_forward(t)
         if unit in (units.encoder_norm, units.decoder_norm):
             # What comes out is the encoder output, which the stages that read it count, or what the head does not keep.
             part = self.tokens(s if unit == units.encoder_norm else t)[1]
