@@ -6,8 +6,8 @@
 # Results go to $OUT (./gpu-results): STAGE.log and the stage's rows as STAGE.jsonl, each row as soon as it is there, so
 # that a stage that is cut off leaves what it has. What is large or only of use to later stages goes to $WORK (a folder
 # of the system's temporary one): a corpus, runs that later calls continue, compiled kernels. Nothing is downloaded;
-# torch with CUDA, Triton, a C++ compiler, pybind11, sentencepiece and pytest have to be there, and transformers for the
-# comparisons. PYTHON names the interpreter (python3).
+# torch with CUDA, Triton, a C++ compiler, pybind11, sentencepiece and pytest (best with pytest-timeout) have to be there,
+# and transformers for the comparisons. PYTHON names the interpreter (python3).
 #
 # stage             about     what
 # build             1 min     the C++ extensions, and versions of all that matters
@@ -89,8 +89,10 @@ END
         nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv || true
         ;;
     tests)
+        local each=() # test that hangs leaves time for the others
+        if "$PYTHON" -c "import pytest_timeout" 2> /dev/null; then each=(--timeout 240); fi
         # shellcheck disable=SC2046
-        limited 530 "$PYTHON" -m pytest -m gpu -ra --durations=15 -p no:cacheprovider --timeout 240 \
+        limited 530 "$PYTHON" -m pytest -m gpu -ra --durations=15 -p no:cacheprovider "${each[@]}" \
             $(grep -rlE 'mark\.gpu' tests --include='test_*.py' | sort)
         ;;
     attention) limited 480 "$PYTHON" benchmarks/attention.py --output "$OUT/attention.jsonl" ;;
