@@ -23,6 +23,8 @@ from megatron.core.extensions.score_bias import ScoreBias
 # Lengths are padded to multiples of its blocks: at others, its backward pass with a mask and a bias gave NaN (pytorch
 # issue 153799).
 BLOCK = 128
+# For how many shapes a process compiles its kernel at most.
+SHAPES = 256
 
 
 class _Prepared(NamedTuple):
@@ -86,8 +88,14 @@ def _prepare(bias: ScoreBias, dtype: torch.dtype, device: torch.device) -> Score
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    """Its fused kernel. Exceeding torch's limit of shapes is an error: uncompiled, it writes matrices of all scores."""
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    """Its fused kernel. Exceeding torch's limit of shapes is an error: uncompiled, it writes matrices of all scores.
+
+    torch's own limit is 8 for the whole process; training and evaluation have three shapes each, and other sizes of
+    batches as many more. The keyword of torch.compile for it is not in all releases.
+    """
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    with_limit: Callable[..., Any] = torch._dynamo.config.patch(recompile_limit=SHAPES)(compiled)
+    return with_limit
 
 
 def _attend(
@@ -97,23 +105,21 @@ def _attend(
     query, key, value = separate(query, key, value)
     prepared = bias.prepared or _prepare(bias, query.dtype, query.device).prepared
     block_mask, queries, keys = prepared
-    diagonals = bias.diagonals  # not of what is prepared: layers may have tables of their own
-    if diagonals is not None:
-        padding = (queries - bias.query_length, keys - bias.key_length)
-        diagonals = F.pad(diagonals.float(), padding).contiguous()
     inputs = [
         F.pad(tensor, (0, 0, 0, 0, 0, length - tensor.shape[1])).transpose(1, 2)  # [b, n, s, d]
         for tensor, length in ((query, queries), (key, keys), (value, keys))
     ]
+    add_bias = None
+    if bias.diagonals is not None:  # put in after `_prepare` where each layer has a table of its own
+        padding = (queries - bias.query_length, keys - bias.key_length)
+        diagonals = F.pad(bias.diagonals.float(), padding).contiguous()
 
-    def add_bias(score: Tensor, row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + diagonals[head, j - i + (queries - 1)]
+        def add_bias(score: Tensor, row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + diagonals[head, j - i + (queries - 1)]
 
     # On CPUs it is for tests, and computes with matrices of all scores.
     attention: Any = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    context: Tensor = attention(
-        *inputs, score_mod=None if diagonals is None else add_bias, block_mask=block_mask, scale=options.scale
-    )
+    context: Tensor = attention(*inputs, score_mod=add_bias, block_mask=block_mask, scale=options.scale)
     return context.transpose(1, 2)[:, : query.shape[1]]  # [b, q, n, d]
 
 

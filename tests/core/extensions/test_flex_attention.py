@@ -6,6 +6,7 @@ Shapes: b batch, n heads, q queries, k keys, d channels of a head.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.errors import UserError
+from megatron.core.extensions import flex_attention
 from megatron.core.extensions.attention import AttentionOptions, AttentionRequest, choose_attention
 from megatron.core.extensions.flex_attention import BACKEND
 from megatron.core.extensions.score_bias import ScoreBias, Segments
@@ -114,6 +116,15 @@ def test_a_mask_that_all_rows_share() -> None:
     bias = ScoreBias(20, 20, segments=Segments(None, (torch.arange(20) < 15).int()[None]))
     found = BACKEND.attend(query, key, value, bias, OPTIONS)
     torch.testing.assert_close(found.double(), reference(query, key, value, None, bias), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiles_more_shapes_than_torch_allows_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled = flex_attention._compiled.__wrapped__()
+    for batch in range(2, 12):
+        query = torch.randn(batch, 1, 4, 16)
+        compiled(query, query, query)
 
 
 @pytest.mark.parametrize(("request_", "reason"), [
