@@ -89,7 +89,7 @@ END
         nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv || true
         ;;
     tests)
-        local each=() # test that hangs leaves time for the others
+        local each=() # a test that hangs leaves time for the others
         if "$PYTHON" -c "import pytest_timeout" 2> /dev/null; then each=(--timeout 240); fi
         # shellcheck disable=SC2046
         limited 530 "$PYTHON" -m pytest -m gpu -ra --durations=15 -p no:cacheprovider "${each[@]}" \

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.config import ComputeConfig
+from megatron.core.errors import UserError
 from megatron.core.extensions.packages import require
 
 if TYPE_CHECKING:
@@ -26,9 +27,18 @@ ROW_MULTIPLE = 16
 
 
 def check(compute: ComputeConfig) -> None:
-    """Raise `UserError` when torchao is missing; what FP8 needs besides is in `fp8.check_fp8`."""
+    """Raise `UserError` when torchao, as it is used here, is missing; `fp8.check_fp8` has what FP8 needs besides."""
+    setting = f"--fp8-format {compute.fp8_format}"
     otherwise = "use --transformer-impl transformer_engine, or remove --fp8-format"
-    require(f"--fp8-format {compute.fp8_format}", "torchao", otherwise)
+    require(setting, "torchao", otherwise)
+    try:
+        from torchao.float8.config import Float8LinearConfig
+
+        linear_with(Float8LinearConfig())
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        cure = f"install it or {otherwise}"
+        raise UserError(f"{setting} needs a release of torchao such as 0.18 ({reason}); {cure}") from None
 
 
 def product(compute: ComputeConfig, *, emulate: bool = False) -> Callable[..., Tensor]:

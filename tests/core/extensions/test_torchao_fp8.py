@@ -1,6 +1,7 @@
 """FP8 products by torchao, emulated on the CPU, against fp32 and bf16; and which runs FP8 is refused for."""
 
 import itertools
+import sys
 from functools import partial
 
 import pytest
@@ -197,6 +198,13 @@ def test_refusals(options, model, ranks, message):
     with pytest.raises(UserError, match=message) as raised:
         check_fp8(compute_config(**options), ModelConfig(**sizes), ranks, CPU)
     assert "\n" not in str(raised.value)
+
+
+@needs_torchao
+def test_another_release_of_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8.float8_training_tensor", None)
+    with pytest.raises(UserError, match=r"--fp8-format hybrid needs a release of torchao such as 0\.18 \(import of"):
+        torchao_fp8.check(compute_config())
 
 
 def test_gpus_without_fp8(monkeypatch):
