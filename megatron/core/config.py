@@ -227,7 +227,7 @@ class ComputeConfig:
     fp8_margin: int = 0
     """delayed: powers of two by which the scale stays below the largest possible."""
     fp8_amax_history_len: int = 1024
-    """delayed: steps whose largest numbers are remembered."""
+    """delayed: forward passes (microbatches of training) whose largest numbers are remembered."""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "max"
     """delayed: which of the remembered numbers makes the scale."""
     fp8_wgrad: bool = True
