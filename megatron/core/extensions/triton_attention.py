@@ -142,7 +142,8 @@ class Problem(NamedTuple):
     def constants(self, tile: Tile) -> dict[str, Any]:
         """Constants that all kernels over tiles take, and how they are launched."""
         channels = self.query.shape[-1]
-        exact = self.query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        # Follows torch's older ways to set it, too, whose getter is an error after this one was set.
+        exact = self.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
         return {
             "FAR": self.far,
             "CAUSAL": self.causal,
@@ -428,6 +429,10 @@ def _differentiate(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor |
     return *of_inputs(result, fused_count(key, value)), result[3] if wanted else None, *(None,) * 7
 
 
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    raise RuntimeError("attention in Triton has no second derivative; use --attention-backend unfused")
+
+
 for _device in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
     LIBRARY.impl("triton_attention", _forward, _device)
     LIBRARY.impl("triton_attention_backward", _backward, _device)
@@ -436,6 +441,7 @@ torch.library.register_fake("megatron_t5::triton_attention_backward", _fake_back
 torch.library.register_autograd(
     "megatron_t5::triton_attention", _differentiate, setup_context=_keep_for_backward, lib=LIBRARY
 )
+torch.library.register_autograd("megatron_t5::triton_attention_backward", _refuse_second_derivative, lib=LIBRARY)
 
 
 def attention(

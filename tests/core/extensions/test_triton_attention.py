@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -449,3 +450,31 @@ def test_refuses_what_it_cannot_compute() -> None:
     assert "float64" in str(BACKEND.refuses(request._replace(dtype=torch.float64)))
     assert BACKEND.refuses(request._replace(has_mask=True))
     assert BACKEND.refuses(request._replace(device=torch.device("meta")))
+
+
+def test_refuses_a_second_derivative() -> None:
+    inputs = [torch.randn(1, 20, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    gradients = torch.autograd.grad(attention(*inputs, None, None, None, causal=False).sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradients[0].square().sum().backward()
+
+
+@pytest.fixture
+def usual_precision() -> Iterator[None]:
+    """Afterwards both interfaces of torch have their first values."""
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("setting", ["high", "highest", "tf32", "ieee"])
+def test_products_follow_torch_s_settings(setting: str, usual_precision: None) -> None:
+    """By the older interface and by the newer one, after which the getter of the older is an error."""
+    if setting.startswith("high"):
+        torch.set_float32_matmul_precision(setting)
+    else:
+        torch.backends.cuda.matmul.fp32_precision = setting
+    query = torch.zeros(1, 20, 2, 16, device=DEVICE)
+    inputs = (query, query, query, None, None, None, None, False, 1.0, None, 0.0)
+    constants = triton_attention.Problem.of(*inputs).constants(Tile(64, 32))
+    assert constants["PRECISION"] == ("tf32" if setting in ("high", "tf32") else "ieee")
