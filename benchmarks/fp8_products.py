@@ -2,11 +2,13 @@
 
 FP8 by torchao (tensorwise scales as `--fp8-format` has them, and row by row, which this project has no flag for) and by
 Transformer Engine where it is installed. All start from fp32 weights and make fp32 gradients, as in training: casts are
-part of the time. Contenders of a product take turns, each turn timed by CUDA events; the row has the median and its
-ratio to compiled bf16 of the same turns, and the error of the result and the weight's gradient against fp32.
+part of the time, but for `bf16, cast before`, whose weights are cast once a step, as those of whole parameters on GPUs.
+Contenders of a product take turns, each turn timed by CUDA events; the row has the median and its ratio to compiled
+bf16 of the same turns, and the error of the result and the weight's gradient against fp32.
 
 `accumulation` rows add a weight gradient to what earlier microbatches have left in fp32: a bf16 product that is cast
-and added (what autograd does), torch's `addmm` with an fp32 result, apex's kernel.
+and added (what autograd does), a product with an fp32 result that is added, torch's `addmm` with an fp32 result, apex's
+kernel.
 
     python benchmarks/fp8_products.py --output gpu-results/fp8_products.jsonl
     python benchmarks/fp8_products.py --device cpu --tiny          that it runs: FP8 is emulated there
@@ -30,6 +32,7 @@ from torch import Tensor
 from megatron.core.config import ComputeConfig
 from megatron.core.extensions import packages, transformer_engine
 from megatron.core.tensor_parallel.products import linear as bf16_linear
+from megatron.core.tensor_parallel.products import weight_gradient
 
 # Input and output features: d_model 2048, 32 heads of 64, d_ff 5120.
 PRODUCTS = {
@@ -65,6 +68,7 @@ def products(device: torch.device) -> dict[str, Callable[..., Tensor]]:
     """Linear functions by contender."""
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
     found: dict[str, Callable[..., Tensor]] = {BASELINE: compiled(bf16_linear), "bf16": bf16_linear}
+    found["bf16, cast before"] = cast_before()
     if packages.installed("torchao"):
         found |= {f"{name} compiled": compiled(function) for name, function in torchao_products(device).items()}
         found["torchao e4m3"] = torchao_products(device)["torchao e4m3"]
@@ -75,6 +79,18 @@ def products(device: torch.device) -> dict[str, Callable[..., Tensor]]:
             recipe = transformer_engine.Recipe(compute)
             found[f"Transformer Engine {fp8_format}"] = transformer_engine.LinearProduct(recipe, fp8=True)
     return found
+
+
+def cast_before() -> Callable[..., Tensor]:
+    """For one weight, which its first call casts."""
+    casts: list[Tensor] = []
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        if not casts:
+            casts.append(weight.detach().to(x.dtype))
+        return bf16_linear(x, weight, None, casts[0])
+
+    return linear
 
 
 def torchao_products(device: torch.device) -> dict[str, Callable[..., Tensor]]:
@@ -112,11 +128,15 @@ def accumulations(operands: Operands) -> dict[str, Callable[[], None]]:
     def cast_and_add() -> None:
         total.add_(gradient.T @ x)
 
+    def product_and_add() -> None:
+        total.add_(weight_gradient(gradient, x, torch.float32))
+
     def addmm() -> None:
         torch.addmm(total, gradient.T, x, out_dtype=torch.float32, out=total)
 
     found = {"bf16, cast, added": cast_and_add}
     if x.is_cuda:
+        found["fp32, added"] = product_and_add
         found["torch.addmm to fp32"] = addmm
         if packages.installed("fused_weight_gradient_mlp_cuda"):
             import fused_weight_gradient_mlp_cuda as kernels

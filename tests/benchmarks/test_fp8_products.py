@@ -25,6 +25,7 @@ def test_it_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     by_name = {row["contender"]: row for row in rows if row["kind"] == "product"}
     assert by_name[BASELINE]["ratio_to_bf16"] == 1.0 and by_name[BASELINE]["error"] < 0.01
+    assert by_name["bf16, cast before"]["weight_gradient_error"] < 1e-5
     assert any(row["kind"] == "accumulation" for row in rows)
     if packages.installed("torchao"):
         assert 0.01 < by_name["torchao hybrid compiled"]["error"] < 0.06
