@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron.core.config import ComputeConfig
+from megatron.core.config import ComputeConfig, DataConfig
 from megatron.core.distributed import ShardingStrategy
 from megatron.core.errors import UserError
 from megatron.core.extensions import torchao_fp8, transformer_engine
@@ -55,18 +55,22 @@ def check_backends(config: RunConfig, context: ParallelContext, strategy: Shardi
         check_cuda_graphs(config, context, strategy)
 
 
+def has_segments(data: DataConfig) -> bool:
+    """Whether rows hold several samples, or padding."""
+    return data.packing == "segments" or data.objective == "text-to-text"
+
+
 def check_attention(config: RunConfig, device: torch.device) -> None:
     """Raise `UserError` for an attention backend that does not compute what the run needs."""
     model, parallel, compute = config.model, config.parallel, config.compute
     divided = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
-    has_segments = config.data.packing == "segments" or config.data.objective == "text-to-text"
     for has_diagonals in {model.position_embedding_type == "relative", False}:  # cross-attention has none
         request = AttentionRequest(
             device,
             compute_dtype(compute) or torch.float32,
             model.kv_channels,
             has_diagonals=has_diagonals,
-            has_segments=has_segments,
+            has_segments=has_segments(config.data),
             dropout=model.attention_dropout,
             compiled=compute.compile,
             divided=divided,

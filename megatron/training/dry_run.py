@@ -35,6 +35,7 @@ from megatron.core.parameters import ModelParameter, local_tensor, model_paramet
 from megatron.core.pipeline_parallel.simulator import TimedAction
 from megatron.core.tensor_parallel import TensorParallel
 from megatron.core.tokenizers import DEFAULT_EXTRA_IDS, build_tokenizer
+from megatron.training.backends import has_segments
 from megatron.training.config import DryRunConfig, RunConfig
 from megatron.training.console import say
 from megatron.training.data import fit_vocabulary, open_data, row_lengths, tokenizer_of_tasks
@@ -123,6 +124,7 @@ class DryRun:
         self.memory = T5Memory(
             config.model, compute, parallel, config.training.micro_batch_size, encoder_length, decoder_length,
             casts_weights=(compute.bf16 or compute.fp16) and self.strategy == "no_shard",
+            has_segments=has_segments(config.data),
         )  # fmt: skip
         self.ranks_per_stage = world_size // parallel.pipeline_model_parallel_size
 

@@ -102,6 +102,13 @@ def test_one_rank_needs_what_the_formulas_say() -> None:
     assert memory.total > 16 * numbers
 
 
+def test_segments_make_matrices_for_each_row() -> None:
+    flags = [*SMALL, "--attention-backend", "sdpa", "--packing"]
+    (one,), (many,) = (look([*flags, packing], 1).ranks() for packing in ("none", "segments"))
+    rows, matrices = 8, 4 * 4 * (64**2 + 20**2)  # fp32, 4 heads
+    assert many.memory.activations - one.memory.activations > (rows - 1) * matrices
+
+
 def test_sharding_levels_need_less_and_less() -> None:
     flags = [*SMALL, "--bf16", "--global-batch-size", "64", "--data-parallel-sharding-strategy"]
     levels = ["no_shard", "optim", "optim_grads", "optim_grads_params"]

@@ -31,8 +31,9 @@ UMT5 = {"relative_attention_bias_per_layer": True}
 
 
 def kept_bytes(
-    config: ModelConfig, compute: ComputeConfig, parallel: ParallelConfig, stage: range, monkeypatch: pytest.MonkeyPatch
-) -> int:
+    config: ModelConfig, compute: ComputeConfig, parallel: ParallelConfig, stage: range,
+    monkeypatch: pytest.MonkeyPatch, *, segments: bool = False,
+) -> int:  # fmt: skip
     """Bytes of the distinct storages, but for parameters, that a forward pass of a stage saves on rank 0.
 
     Tensor-parallel peers are a fake process group's: shapes are right, sums are not.
@@ -68,6 +69,9 @@ def kept_bytes(
 
         ids = {"encoder_input_ids": ENCODER_LENGTH, "decoder_input_ids": DECODER_LENGTH, "labels": DECODER_LENGTH}
         batch = {name: torch.zeros(BATCH, length, dtype=torch.int32) for name, length in ids.items()}
+        if segments:
+            batch["encoder_segment_ids"] = torch.ones(BATCH, ENCODER_LENGTH, dtype=torch.int32)
+            batch["decoder_segment_ids"] = torch.ones(BATCH, DECODER_LENGTH, dtype=torch.int32)
 
         def checkpoint(function: Any, *arguments: Any, **options: Any) -> Any:
             torch.utils._pytree.tree_map_only(torch.Tensor, pack, arguments)  # it holds them, hooks or not
@@ -127,6 +131,26 @@ def test_formula_gives_what_autograd_keeps(
     )  # fmt: skip
     measured = kept_bytes(config, compute_config, parallel_config, stage, monkeypatch)
     assert memory.stage_bytes(stage) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(("model", "parallel"), [({}, {}), (UMT5, TP), ({"position_embedding_type": "rope"}, SP)])
+def test_segments_have_matrices_for_each_row(
+    model: dict[str, Any], parallel: dict[str, Any], recompute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, layout = ModelConfig(**(SHAPE | model)), ParallelConfig(**parallel)
+    compute = ComputeConfig(attention_backend="unfused", recompute_granularity=recompute)
+    monkeypatch.setattr(cpu_elementwise, "supports", lambda *_: False)
+    measured, formula = [], []
+    for segments in (False, True):
+        measured.append(kept_bytes(config, compute, layout, UNITS.all, monkeypatch, segments=segments))
+        memory = T5Memory(
+            config, compute, layout, BATCH, ENCODER_LENGTH, DECODER_LENGTH,
+            device_type="cpu", allows_operators=False, has_segments=segments,
+        )  # fmt: skip
+        formula.append(memory.stage_bytes(UNITS.all))
+    # Without them, too, the decoder has a small matrix that hides later keys, which the formula leaves out.
+    assert formula[1] - formula[0] == pytest.approx(measured[1] - measured[0], rel=0.07)
 
 
 @pytest.mark.parametrize(("model", "parallel"), [({}, {}), ({"activation_function": "gelu"}, TP)])

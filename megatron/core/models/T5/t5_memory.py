@@ -17,6 +17,7 @@ What is kept, in numbers, for a sequence of s tokens:
 | encoder output | gathered once for all decoder layers of a stage: b s h |
 | position bias | once for all layers of a stack on the stage: n s s, with fused attention or recomputation |
 | its own in a layer | instead of that: n s s in each layer, with fused attention or selective recomputation |
+| segments | matrices for each row: b times the position bias and b s s bytes beside it; cross-attention's b t s |
 | head | gradients instead of what they are made from: the input's b t h and, in fp32, the table's V h |
 | weights | without FSDP2 on CPUs, or with FP8: each microbatch keeps 16-bit copies of the weights it has used |
 
@@ -66,6 +67,7 @@ class T5Memory:
         device_type: `cuda` or `cpu`.
         casts_weights: Whether weights are cast to 16 bits, and not by FSDP2.
         allows_operators: Whether C++ operators run where they can; off to check the rest of the formulas on a CPU.
+        has_segments: Whether rows hold several samples, or padding.
     """
 
     config: ModelConfig
@@ -77,6 +79,7 @@ class T5Memory:
     device_type: Literal["cuda", "cpu"] = "cuda"
     casts_weights: bool = False
     allows_operators: bool = True
+    has_segments: bool = False
 
     @property
     def has_operators(self) -> bool:
@@ -123,12 +126,17 @@ class T5Memory:
         return not cpu_attention.keeps_probabilities(dtype, self.config.kv_channels, self.config.attention_dropout)
 
     @property
-    def has_bias_matrices(self) -> bool:
-        """Whether a position bias is a matrix for each head, and kept as one."""
+    def keeps_matrices(self) -> bool:
+        """Whether attention takes all that is added to its scores as a matrix, and keeps that."""
         takes_vectors = self.device_type == "cuda" and self.compute.attention_backend in ("auto", "triton", "flex")
-        if self.has_attention_operator or takes_vectors or self.config.position_embedding_type != "relative":
+        if self.has_attention_operator or takes_vectors:
             return False
         return self.fused_attention or self.compute.recompute_granularity is not None
+
+    @property
+    def has_bias_matrices(self) -> bool:
+        """Whether a position bias is a matrix for each head, and kept as one."""
+        return self.keeps_matrices and self.config.position_embedding_type == "relative"
 
     def _mask_bytes(self, number_bytes: int, *, divided: bool = False) -> int:
         """Bytes of an entry of the mask of a dropout of numbers of so many bytes, maybe of divided activations."""
@@ -171,9 +179,16 @@ class T5Memory:
         return self._mask_bytes(self.residual_bytes) * part * self.config.hidden_size * (self.config.hidden_dropout > 0)
 
     def _bias(self, length: int) -> int:
-        """The position bias of a stack or a layer, which has no batch dimension."""
+        """The position bias of a stack or a layer: without segments one for all rows."""
         padded = self.tokens(length)[0] // self.micro_batch_size
-        return self.number_bytes * self._share(self.config.num_attention_heads) * padded**2
+        of_a_row = self.number_bytes * self._share(self.config.num_attention_heads) * padded**2
+        return self.micro_batch_size * (of_a_row + padded**2) if self.has_segments else of_a_row
+
+    def _hidden_keys(self, queries: int, keys: int) -> int:
+        """What hides other segments' keys, for all layers of a stack, where no position bias is made with it."""
+        kept = self.has_segments and self.keeps_matrices
+        scores = self.tokens(queries)[0] * (self.tokens(keys)[0] // self.micro_batch_size)
+        return self.number_bytes * scores if kept else 0
 
     def _bias_vector(self, length: int) -> int:
         """The position bias of a stack as a number for each diagonal of the scores, and the bucket of each."""
@@ -279,9 +294,13 @@ class T5Memory:
         for layers, length in zip(self.layers_of(stage), (self.encoder_length, self.decoder_length), strict=True):
             if not layers:
                 continue
-            if self.config.position_embedding_type == "relative" and not self.config.relative_attention_bias_per_layer:
+            own_bias = self.config.relative_attention_bias_per_layer
+            if self.config.position_embedding_type == "relative" and not own_bias:
                 kept += self._bias(length) if self.has_bias_matrices else self._bias_vector(length)
+            elif not own_bias or self.compute.recompute_granularity == "full":  # else each layer adds it to its bias
+                kept += self._hidden_keys(length, length)
             if layers[0] in self.units.decoder_layers:
+                kept += self._hidden_keys(length, self.encoder_length)
                 kept += self.number_bytes * tokens * self.config.hidden_size  # the encoder output
             for group in self.recomputed(layers):
                 input_bytes = self.residual_bytes * self.tokens(length)[1] * self.config.hidden_size
