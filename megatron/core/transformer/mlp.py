@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.core.config import ComputeConfig, ModelConfig
+from megatron.core.errors import UserError
 from megatron.core.extensions.elementwise import choose_activation
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from megatron.core.transformer.elementwise import activate, gated_activation
@@ -23,6 +24,9 @@ class MLP(nn.Module):
         compute: Precision and backends.
         num_layers: Layers of the stack this belongs to, for the initialisation of the output projection.
         tensor_parallel: The ranks, which divide the units.
+
+    Raises:
+        UserError: `--activation-backend` does not compute the activation.
     """
 
     def __init__(
@@ -34,6 +38,11 @@ class MLP(nn.Module):
         self.activation = config.activation_function
         self.gated = config.gated
         self.gated_activations = choose_activation(compute)
+        if not self.gated and self.gated_activations.plain is None:
+            raise UserError(
+                f"{self.gated_activations.setting} computes gated activations, not --activation-function "
+                f"{self.activation}; use --activation-backend auto"
+            )
         self.dropout = config.hidden_dropout
         matrices = ("gate", "up") if self.gated else ("weight",)
         self.tensor_parallel = tensor_parallel
