@@ -54,3 +54,10 @@ def test_table_fits(capability: str, tmp_path: Path) -> None:
             tmp_path, "--capability", capability, "--head-dim", "64", "128", "--variant", "plain", "bias", "causal"
         )
     )
+
+
+@pytest.mark.slow
+def test_segments_and_dropout_fit_on_ampere(tmp_path: Path) -> None:
+    """But for the bias's kernel, which computes near tiles only."""
+    rows = compiled(tmp_path, "--capability", "80", "--head-dim", "64", "128", "--variant", "packed")
+    check([row for row in rows if row["kernel"] != "attention_bias_gradient"])
