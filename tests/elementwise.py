@@ -1,12 +1,14 @@
-"""Checks of elementwise kernels against float64, for whatever device they are called on."""
+"""Checks of elementwise kernels, for whatever device they are called on; values and gradients against float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -113,8 +115,63 @@ def check_add_norm(ours: ModuleType, width: int, dtype: torch.dtype, output: tor
         close(of_weight, exact_weight.grad)
 
 
-def check_loss(ours: ModuleType, words: int, dtype: torch.dtype, device: str) -> None:
-    """Statistics of logits and the gradient in their place."""
+def check_one_gradient_alone(ours: ModuleType) -> None:
+    """Of a sum and its norm, one is used and the other is not."""
+    residual, branch, weight = draw(3, 8).requires_grad_(), draw(3, 8, seed=1), draw(8, seed=2)
+    total, y = ours.add_rms_norm(residual, branch, weight, 1e-6)
+    (of_total,) = torch.autograd.grad(total.sum(), residual, retain_graph=True)
+    assert torch.equal(of_total, torch.ones(3, 8))
+    (of_norm,) = torch.autograd.grad(y.sum(), residual)
+    (expected,) = torch.autograd.grad(ours.rms_norm(residual + branch, weight, 1e-6).sum(), residual)
+    assert torch.equal(of_norm, expected)
+
+
+def check_strides(ours: ModuleType) -> None:
+    """Operands need not be contiguous, nor need gradients."""
+    x = draw(6, 4, 2 * 10).transpose(0, 1)
+    weight = draw(20, 2)[:, 1]
+    assert torch.equal(ours.gated_activation(x, "gated-gelu"), ours.gated_activation(x.contiguous(), "gated-gelu"))
+    assert torch.equal(ours.rms_norm(x, weight, 1e-6), ours.rms_norm(x.contiguous(), weight.contiguous(), 1e-6))
+    wide = draw(5, 40)[:, ::2].requires_grad_()
+    ours.rms_norm(wide, weight, 1e-6).sum().backward()  # the gradient is an expanded scalar
+    copy = wide.detach().contiguous().requires_grad_()
+    ours.rms_norm(copy, weight, 1e-6).backward(torch.ones(5, 20))
+    assert torch.equal(wide.grad, copy.grad)
+
+
+def block_results(block: Callable[..., Tensor], p: float) -> list[Tensor]:
+    """What a block of operations gives, and its gradients.
+
+    Args:
+        block: Takes residual and branch `[3, 16]`, a weight of norms, matrices `[16, 48]` and `[24, 16]` of a feed
+            forward layer, and `p`.
+        p: Probability of dropout.
+    """
+    torch.manual_seed(0)
+    half = torch.bfloat16
+    inputs = draw(3, 16), draw(3, 16), draw(16), draw(16, 48, dtype=half), draw(24, 16, dtype=half)
+    inputs = tuple(tensor.requires_grad_() for tensor in inputs)
+    y = block(*inputs, p)
+    return [y, *torch.autograd.grad(y.sin().sum(), inputs)]
+
+
+def check_recomputation(block: Callable[..., Tensor]) -> None:
+    """A block that is computed again in the backward pass drops the same."""
+    again = block_results(lambda *inputs: checkpoint(block, *inputs, use_reentrant=False), 0.3)
+    for actual, expected in zip(again, block_results(block, 0.3), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def check_compiled(block: Callable[..., Tensor], p: float, backend: str) -> None:
+    """torch.compile takes a block as one graph."""
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=False)
+    for actual, expected in zip(block_results(compiled, p), block_results(block, p), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+
+
+def check_loss(ours: ModuleType, words: int, dtype: torch.dtype, device: str, tolerance: float | None = None) -> None:
+    """Statistics of logits and the gradient in their place, whose relative error is that of a rounding if not given."""
     logits = draw(9, words, dtype=dtype, spread=6.0, device=device)
     logits[5] += 300.0
     labels = torch.tensor([0, words - 1, -100, words, words // 2, 0, 0, 0, -1], device=device)
@@ -127,5 +184,5 @@ def check_loss(ours: ModuleType, words: int, dtype: torch.dtype, device: str) ->
     label_scale, softmax_scale = draw(9, seed=1, device=device), draw(9, seed=2, device=device)
     expected = exact.softmax(-1) * softmax_scale.double()[:, None] - onehot * label_scale.double()[:, None]
     ours.logits_gradient_(logits, labels, log_z, label_scale, softmax_scale)
-    once = 2e-5 + 1.1 * rounding(dtype, logits.device)
-    torch.testing.assert_close(logits.double(), expected, rtol=once, atol=2e-7)
+    tolerance = tolerance or 2e-5 + 1.1 * rounding(dtype, logits.device)
+    torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=2e-7)

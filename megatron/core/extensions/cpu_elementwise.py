@@ -3,14 +3,12 @@
 Arithmetic is fp32 and is rounded once, when a result is stored. The results do not depend on the number of threads.
 `supports` says which tensors they take; others are for torch's own operations.
 
-Those with a gradient are autograd functions over operators `torch.ops.megatron_t5.*`, which torch.compile takes as they
-are. (An operator with registered autograd does the same; a call of it takes about twice as long.) What a backward pass
-needs is computed again from the inputs: no activation is kept but these, dropout keeps eight bytes.
+Those with a gradient are operators `torch.ops.megatron_t5.*`; `fused_elementwise` says what norms and gated activations
+are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +18,18 @@ from torch.autograd.function import once_differentiable
 
 # The kernels resolve OpenMP's symbols in the runtime that torch has loaded by now: one pool of threads, not two.
 from megatron.core.extensions import elementwise_kernels as kernels
+from megatron.core.extensions.fused_elementwise import (
+    ElementwiseFunctions,
+    check_rows,
+    define,
+    define_operators,
+    fake_gated,
+    rows_and_width,
+)
 from megatron.core.extensions.seeds import seed
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-LIBRARY = torch.library.Library("megatron_t5", "FRAGMENT")
+KEYS = ("CPU",)
 
 
 def supports(tensor: Tensor) -> bool:
@@ -31,35 +37,18 @@ def supports(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in DTYPES
 
 
-def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines an operator of `torch.ops.megatron_t5`; `fake` gives the shapes and dtypes of its results."""
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"megatron_t5::{name}", fake, lib=LIBRARY)
-
-
-def _rows(x: Tensor) -> tuple[int, int]:
-    """Rows and width of a tensor seen as a matrix."""
-    return (x.numel() // x.shape[-1] if x.shape[-1] else 0), x.shape[-1]
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-# Gated activation
+# Gated activation and norms: what computes the operators
 
 
 def _gated(x: Tensor, activation: str) -> Tensor:
     x = x.contiguous()
-    y = _gated_fake(x, activation)
+    y = fake_gated(x, activation)
     kernels.gated(x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], activation, y.numel(), torch.get_num_threads())
     return y
-
-
-def _gated_fake(x: Tensor, activation: str) -> Tensor:
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
 def _gated_gradient(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
@@ -77,42 +66,69 @@ def _gated_gradient(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
     return x_gradient
 
 
-def _gated_gradient_fake(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
-    return x.new_empty(x.shape)
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    x, weight = x.contiguous(), weight.float().contiguous()
+    y = torch.empty_like(x, dtype=dtype)
+    _call_norm(None, None, x, weight, y, epsilon, 0.0, None)
+    return y
 
 
-_define("gated(Tensor x, str activation) -> Tensor", _gated, _gated_fake)
-_define("gated_gradient(Tensor gradient, Tensor x, str activation) -> Tensor", _gated_gradient, _gated_gradient_fake)
+def _add_rms_norm(
+    residual: Tensor, branch: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    residual, branch, weight = residual.contiguous(), branch.contiguous(), weight.float().contiguous()
+    total, y = torch.empty_like(residual), torch.empty_like(residual, dtype=dtype)
+    _call_norm(residual, branch, total, weight, y, epsilon, p, seed)
+    return total, y
 
 
-class _Gated(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: str) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.activation = activation
-        return torch.ops.megatron_t5.gated(x, activation)
+def _call_norm(
+    residual: Tensor | None,
+    branch: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    epsilon: float,
+    p: float,
+    seed: Tensor | None,
+) -> None:
+    kernels.rms_norm(
+        _address(residual),
+        _address(branch),
+        total.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        DTYPES[total.dtype],
+        DTYPES[y.dtype],
+        *rows_and_width(total),
+        epsilon,
+        p,
+        _address(seed),
+        torch.get_num_threads(),
+    )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.megatron_t5.gated_gradient(gradient, *ctx.saved_tensors, ctx.activation), None
 
-
-def gated_activation(x: Tensor, kind: str) -> Tensor:
-    """`activation(gate) * up` where gate and up lie side by side.
-
-    Args:
-        x: `[..., 2 f]`, `(unit, gate|up)` along the last dimension.
-        kind: `gated-gelu` (its tanh form) or `gated-silu`.
-
-    Returns:
-        `[..., f]`.
-    """
-    assert supports(x) and x.shape[-1] % 2 == 0 and kind in ("gated-gelu", "gated-silu"), (x.dtype, x.shape, kind)
-    return _Gated.apply(x, kind.removeprefix("gated-"))
-
-
-# Dropout
+def _rms_norm_gradient(
+    more: Tensor | None, gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, x, weight = gradient.contiguous(), x.contiguous(), weight.float().contiguous()
+    more = None if more is None else more.contiguous()
+    x_gradient, weight_gradient = torch.empty_like(x), torch.empty_like(weight)
+    kernels.rms_norm_gradient(
+        _address(more),
+        gradient.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        x_gradient.data_ptr(),
+        weight_gradient.data_ptr(),
+        DTYPES[x.dtype],
+        DTYPES[gradient.dtype],
+        *rows_and_width(x),
+        epsilon,
+        torch.get_num_threads(),
+    )
+    branch_gradient = x.new_empty(0) if seed is None else _dropout(x_gradient, seed, p, None)
+    return x_gradient, branch_gradient, weight_gradient
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float, residual: Tensor | None) -> Tensor:
@@ -124,7 +140,7 @@ def _dropout(x: Tensor, seed: Tensor, p: float, residual: Tensor | None) -> Tens
         x.data_ptr(),
         y.data_ptr(),
         DTYPES[x.dtype],
-        *_rows(x),
+        *rows_and_width(x),
         p,
         seed.data_ptr(),
         torch.get_num_threads(),
@@ -132,11 +148,31 @@ def _dropout(x: Tensor, seed: Tensor, p: float, residual: Tensor | None) -> Tens
     return y
 
 
-def _dropout_fake(x: Tensor, seed: Tensor, p: float, residual: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
+define_operators(
+    "",
+    KEYS,
+    gated=_gated,
+    gated_gradient=_gated_gradient,
+    rms_norm=_rms_norm,
+    add_rms_norm=_add_rms_norm,
+    rms_norm_gradient=_rms_norm_gradient,
+)
+FUNCTIONS = ElementwiseFunctions("", supports, DTYPES, lambda device: seed())
+gated_activation = FUNCTIONS.gated_activation
+rms_norm = FUNCTIONS.rms_norm
+rms_norm_beside = FUNCTIONS.rms_norm_beside
+add_rms_norm = FUNCTIONS.add_rms_norm
 
 
-_define("dropout(Tensor x, Tensor seed, float p, Tensor? residual) -> Tensor", _dropout, _dropout_fake)
+# Dropout
+
+
+define(
+    "dropout(Tensor x, Tensor seed, float p, Tensor? residual) -> Tensor",
+    _dropout,
+    lambda x, seed, p, residual: x.new_empty(x.shape),
+    KEYS,
+)
 
 
 class _Dropout(Function):
@@ -173,228 +209,7 @@ def dropout_add(residual: Tensor, x: Tensor, p: float) -> Tensor:
     return residual + x if p == 0.0 else _Dropout.apply(x, seed(), p, residual)
 
 
-# Normalisation
-
-
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-    x, weight = x.contiguous(), weight.float().contiguous()
-    y = torch.empty_like(x, dtype=dtype)
-    _call_norm(None, None, x, weight, y, epsilon, 0.0, None)
-    return y
-
-
-def _rms_norm_fake(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-def _add_rms_norm(
-    residual: Tensor, branch: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype, p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    residual, branch, weight = residual.contiguous(), branch.contiguous(), weight.float().contiguous()
-    total, y = torch.empty_like(residual), torch.empty_like(residual, dtype=dtype)
-    _call_norm(residual, branch, total, weight, y, epsilon, p, seed)
-    return total, y
-
-
-def _add_rms_norm_fake(
-    residual: Tensor, branch: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype, p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return residual.new_empty(residual.shape), residual.new_empty(residual.shape, dtype=dtype)
-
-
-def _call_norm(
-    residual: Tensor | None,
-    branch: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    epsilon: float,
-    p: float,
-    seed: Tensor | None,
-) -> None:
-    kernels.rms_norm(
-        _address(residual),
-        _address(branch),
-        total.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        DTYPES[total.dtype],
-        DTYPES[y.dtype],
-        *_rows(total),
-        epsilon,
-        p,
-        _address(seed),
-        torch.get_num_threads(),
-    )
-
-
-def _rms_norm_gradient(
-    more: Tensor | None, gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor]:
-    gradient, x, weight = gradient.contiguous(), x.contiguous(), weight.float().contiguous()
-    more = None if more is None else more.contiguous()
-    x_gradient, weight_gradient = torch.empty_like(x), torch.empty_like(weight)
-    kernels.rms_norm_gradient(
-        _address(more),
-        gradient.data_ptr(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        x_gradient.data_ptr(),
-        weight_gradient.data_ptr(),
-        DTYPES[x.dtype],
-        DTYPES[gradient.dtype],
-        *_rows(x),
-        epsilon,
-        torch.get_num_threads(),
-    )
-    return x_gradient, weight_gradient
-
-
-def _rms_norm_gradient_fake(
-    more: Tensor | None, gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
-
-
-_define("rms_norm(Tensor x, Tensor weight, float epsilon, ScalarType dtype) -> Tensor", _rms_norm, _rms_norm_fake)
-_define(
-    "add_rms_norm(Tensor residual, Tensor branch, Tensor weight, float epsilon, ScalarType dtype, float p,"
-    " Tensor? seed) -> (Tensor, Tensor)",
-    _add_rms_norm,
-    _add_rms_norm_fake,
-)
-_define(
-    "rms_norm_gradient(Tensor? more, Tensor gradient, Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)",
-    _rms_norm_gradient,
-    _rms_norm_gradient_fake,
-)
-
-
-class _RMSNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.epsilon = epsilon
-        return torch.ops.megatron_t5.rms_norm(x, weight, epsilon, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        x_gradient, weight_gradient = torch.ops.megatron_t5.rms_norm_gradient(None, gradient, x, weight, ctx.epsilon)
-        return x_gradient, weight_gradient.to(weight.dtype), None, None
-
-
-class _RMSNormBeside(Function):
-    """The norm and its input, whose two gradients are then one pass instead of two and a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight)
-        ctx.epsilon = epsilon
-        return x.view_as(x), torch.ops.megatron_t5.rms_norm(x, weight, epsilon, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, also: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        x_gradient, weight_gradient = torch.ops.megatron_t5.rms_norm_gradient(also, gradient, x, weight, ctx.epsilon)
-        return x_gradient, weight_gradient.to(weight.dtype), None, None
-
-
-class _AddRMSNorm(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        residual: Tensor,
-        branch: Tensor,
-        weight: Tensor,
-        epsilon: float,
-        dtype: torch.dtype,
-        p: float,
-        seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        total, y = torch.ops.megatron_t5.add_rms_norm(residual, branch, weight, epsilon, dtype, p, seed)
-        ctx.save_for_backward(total, weight, seed)
-        ctx.epsilon, ctx.p = epsilon, p
-        return total, y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, total_gradient: Tensor, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight, seed = ctx.saved_tensors
-        gradient, weight_gradient = torch.ops.megatron_t5.rms_norm_gradient(
-            total_gradient, y_gradient, total, weight, ctx.epsilon
-        )
-        branch = gradient if seed is None else torch.ops.megatron_t5.dropout(gradient, seed, ctx.p, None)
-        return gradient, branch, weight_gradient.to(weight.dtype), None, None, None, None
-
-
-def _check_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-    assert supports(x) and supports(weight) and dtype in DTYPES, (x.dtype, weight.dtype, dtype)
-    assert weight.shape == x.shape[-1:], (weight.shape, x.shape)
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, output_dtype: torch.dtype | None = None) -> Tensor:
-    """`x / sqrt(mean(x^2) + epsilon) * weight` over the last dimension.
-
-    Args:
-        x: `[..., h]`.
-        weight: `[h]`; its gradient is summed in fp32.
-        epsilon: Added to the mean square.
-        output_dtype: fp32 or bf16; that of `x` if not given.
-    """
-    dtype = output_dtype or x.dtype
-    _check_norm(x, weight, dtype)
-    return _RMSNorm.apply(x, weight, epsilon, dtype)
-
-
-def rms_norm_beside(
-    x: Tensor, weight: Tensor, epsilon: float, output_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """`x` itself and `rms_norm(x, ...)`, for where both are used."""
-    dtype = output_dtype or x.dtype
-    _check_norm(x, weight, dtype)
-    return _RMSNormBeside.apply(x, weight, epsilon, dtype)
-
-
-def add_rms_norm(
-    residual: Tensor,
-    branch: Tensor,
-    weight: Tensor,
-    epsilon: float,
-    output_dtype: torch.dtype | None = None,
-    p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """`total = residual + dropout(branch, p)` and `rms_norm(total, weight, epsilon, output_dtype)`.
-
-    Args:
-        residual: `[..., h]`.
-        branch: Of the same shape and dtype.
-        weight: As of `rms_norm`.
-        epsilon: As of `rms_norm`.
-        output_dtype: Dtype of the norm; that of `residual` if not given.
-        p: As of `dropout`.
-
-    Returns:
-        The sum, in the dtype of `residual`, and its norm; both `[..., h]`.
-    """
-    dtype = output_dtype or residual.dtype
-    _check_norm(residual, weight, dtype)
-    assert branch.shape == residual.shape and branch.dtype == residual.dtype, (branch.shape, residual.shape)
-    assert 0.0 <= p < 1.0, p
-    return _AddRMSNorm.apply(residual, branch, weight, epsilon, dtype, p, seed() if p > 0.0 else None)
-
-
 # Head and loss: without autograd
-
-
-def _check_rows(logits: Tensor, labels: Tensor, *per_row: Tensor) -> None:
-    assert supports(logits) and logits.ndim == 2 and logits.is_contiguous(), (logits.dtype, logits.shape)
-    assert labels.dtype == torch.int64
-    for tensor in (labels, *per_row):
-        assert tensor.shape == logits.shape[:1] and tensor.is_contiguous(), (tensor.shape, logits.shape)
-    assert all(tensor.dtype == torch.float32 for tensor in per_row)
 
 
 def softmax_statistics(logits: Tensor, labels: Tensor, log_z: Tensor, label_logit: Tensor) -> None:
@@ -406,7 +221,8 @@ def softmax_statistics(logits: Tensor, labels: Tensor, log_z: Tensor, label_logi
         log_z: fp32 `[r]`, is overwritten with `logsumexp(logits)`.
         label_logit: fp32 `[r]`, is overwritten with `logits[label]`, 0 where there is no such column.
     """
-    _check_rows(logits, labels, log_z, label_logit)
+    assert supports(logits), (logits.device, logits.dtype)
+    check_rows(logits, labels, log_z, label_logit)
     kernels.softmax_statistics(
         logits.data_ptr(),
         DTYPES[logits.dtype],
@@ -419,9 +235,7 @@ def softmax_statistics(logits: Tensor, labels: Tensor, log_z: Tensor, label_logi
     )
 
 
-def logits_gradient_(
-    logits: Tensor, labels: Tensor, log_z: Tensor, label_scale: Tensor, softmax_scale: Tensor
-) -> Tensor:
+def logits_gradient_(logits: Tensor, labels: Tensor, log_z: Tensor, label_scale: Tensor, softmax_scale: Tensor) -> None:
     """Overwrites logits by `softmax_scale * exp(logits - log_z) - label_scale * onehot(labels)`; no autograd.
 
     Args:
@@ -430,11 +244,9 @@ def logits_gradient_(
         log_z: fp32 `[r]`, the log-partition function, of all ranks where they divide the columns.
         label_scale: fp32 `[r]`.
         softmax_scale: fp32 `[r]`.
-
-    Returns:
-        `logits`.
     """
-    _check_rows(logits, labels, log_z, label_scale, softmax_scale)
+    assert supports(logits), (logits.device, logits.dtype)
+    check_rows(logits, labels, log_z, label_scale, softmax_scale)
     kernels.logits_gradient(
         logits.data_ptr(),
         DTYPES[logits.dtype],
@@ -446,7 +258,6 @@ def logits_gradient_(
         softmax_scale.data_ptr(),
         torch.get_num_threads(),
     )
-    return logits
 
 
 # Gradient norm

@@ -3,21 +3,25 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron.core.extensions import cpu_elementwise as ours
 from megatron.core.extensions import elementwise_kernels as kernels
+from tests.elementwise import (
+    check_compiled,
+    check_loss,
+    check_one_gradient_alone,
+    check_recomputation,
+    check_strides,
+    draw,
+    gated_reference,
+    norm_reference,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 OPERATORS = torch.ops.megatron_t5
 INF, NAN = math.inf, math.nan
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 2.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * spread).to(dtype)
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
@@ -27,15 +31,6 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 
 def check(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected, **tolerance(actual.dtype))
-
-
-def gated_reference(x: Tensor, kind: str) -> Tensor:
-    gate, up = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return (F.silu(gate) if kind == "gated-silu" else F.gelu(gate, approximate="tanh")) * up
-
-
-def norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
 
 
 @pytest.fixture
@@ -115,14 +110,8 @@ def test_add_rms_norm(dtype: torch.dtype, output: torch.dtype) -> None:
     torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_add_rms_norm_takes_one_gradient_alone() -> None:
-    residual, branch, weight = draw(3, 8).requires_grad_(), draw(3, 8, seed=1), draw(8, seed=2)
-    total, y = ours.add_rms_norm(residual, branch, weight, 1e-6)
-    (of_total,) = torch.autograd.grad(total.sum(), residual, retain_graph=True)
-    assert torch.equal(of_total, torch.ones(3, 8))
-    (of_norm,) = torch.autograd.grad(y.sum(), residual)
-    (expected,) = torch.autograd.grad(ours.rms_norm(residual + branch, weight, 1e-6).sum(), residual)
-    assert torch.equal(of_norm, expected)
+def test_one_gradient_alone() -> None:
+    check_one_gradient_alone(ours)
 
 
 def test_norm_of_a_bf16_weight_gives_it_a_bf16_gradient() -> None:
@@ -147,15 +136,7 @@ def test_what_is_not_finite_comes_out_of_a_norm(bad: float) -> None:
 
 
 def test_operands_may_have_any_strides() -> None:
-    x = draw(6, 4, 2 * 10).transpose(0, 1)
-    weight = draw(20, 2)[:, 1]
-    assert torch.equal(ours.gated_activation(x, "gated-gelu"), ours.gated_activation(x.contiguous(), "gated-gelu"))
-    assert torch.equal(ours.rms_norm(x, weight, 1e-6), ours.rms_norm(x.contiguous(), weight.contiguous(), 1e-6))
-    wide = draw(5, 40)[:, ::2].requires_grad_()
-    ours.rms_norm(wide, weight, 1e-6).sum().backward()  # the gradient is an expanded scalar
-    copy = wide.detach().contiguous().requires_grad_()
-    ours.rms_norm(copy, weight, 1e-6).backward(torch.ones(5, 20))
-    assert torch.equal(wide.grad, copy.grad)
+    check_strides(ours)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -229,31 +210,13 @@ def block(residual: Tensor, branch: Tensor, weight: Tensor, wide: Tensor, narrow
     return ours.rms_norm(ours.dropout_add(total, (inner @ narrow).float(), p), weight, 1e-6)
 
 
-def block_inputs() -> tuple[Tensor, ...]:
-    half = torch.bfloat16
-    inputs = draw(3, 16), draw(3, 16), draw(16), draw(16, 48, dtype=half), draw(24, 16, dtype=half)
-    return tuple(tensor.requires_grad_() for tensor in inputs)
-
-
-def block_results(function: Callable[..., Tensor], p: float) -> list[Tensor]:
-    torch.manual_seed(0)
-    inputs = block_inputs()
-    y = function(*inputs, p)
-    return [y, *torch.autograd.grad(y.sin().sum(), inputs)]
-
-
 def test_recomputation_gives_equal_bits() -> None:
-    again = block_results(lambda *inputs: checkpoint(block, *inputs, use_reentrant=False), 0.3)
-    for actual, expected in zip(again, block_results(block, 0.3), strict=True):
-        assert torch.equal(actual, expected)
+    check_recomputation(block)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_graph_holds_the_operators(backend: str) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=False)
-    for actual, expected in zip(block_results(compiled, 0.0), block_results(block, 0.0), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+    check_compiled(block, 0.0, backend)
 
     def drop(x: Tensor) -> Tensor:
         return ours.dropout(x, 0.5)
@@ -279,8 +242,8 @@ def test_operators_pass_torch_s_checks() -> None:
         (OPERATORS.rms_norm, (*norm, half)),
         (OPERATORS.add_rms_norm, (x, *norm, half, 0.0, None)),
         (OPERATORS.add_rms_norm, (x, *norm, half, 0.5, seed)),
-        (OPERATORS.rms_norm_gradient, (None, x.to(half), *norm)),
-        (OPERATORS.rms_norm_gradient, (x, x + 1, *norm)),
+        (OPERATORS.rms_norm_gradient, (None, x.to(half), *norm, 0.0, None)),
+        (OPERATORS.rms_norm_gradient, (x, x + 1, *norm, 0.5, seed)),
     ]:
         torch.library.opcheck(operator.default, arguments)
 
@@ -295,9 +258,10 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads: Callable[[int], No
         total, y = OPERATORS.add_rms_norm(x, gradient, weight, 1e-6, torch.float32, 0.1, seed)
         units = OPERATORS.gated(x, "gelu")
         ours.softmax_statistics(x, labels, log_z, other)
-        logits = ours.logits_gradient_(x.clone(), labels, log_z, other, other)
+        logits = x.clone()
+        ours.logits_gradient_(logits, labels, log_z, other, other)
         results = (total, y, units, OPERATORS.gated_gradient(units, x, "gelu"), log_z.clone(), logits)
-        return [*results, *OPERATORS.rms_norm_gradient(total, gradient, x, weight, 1e-6)]
+        return [*results, *OPERATORS.rms_norm_gradient(total, gradient, x, weight, 1e-6, 0.1, seed)]
 
     for alone, together, again in zip(run(1), run(2), run(2), strict=True):
         assert torch.equal(alone, together) and torch.equal(together, again)
@@ -306,20 +270,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads: Callable[[int], No
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("words", [1, 100, 2048, 5003])
 def test_statistics_and_gradient_of_logits(words: int, dtype: torch.dtype) -> None:
-    logits = draw(9, words, dtype=dtype, spread=6.0)
-    logits[5] += 300.0
-    labels = torch.tensor([0, words - 1, -100, words, words // 2, 0, 0, 0, -1])
-    log_z, label_logit = torch.empty(9), torch.empty(9)
-    ours.softmax_statistics(logits, labels, log_z, label_logit)
-    exact = logits.double()
-    torch.testing.assert_close(log_z.double(), exact.logsumexp(-1), rtol=1e-6, atol=2e-6)
-    onehot = torch.stack([labels == word for word in range(words)], -1).double()
-    assert torch.equal(label_logit.double(), (exact * onehot).sum(-1))
-    label_scale, softmax_scale = draw(9, seed=1), draw(9, seed=2)
-    expected = exact.softmax(-1) * softmax_scale[:, None] - onehot * label_scale[:, None]
-    result = ours.logits_gradient_(logits, labels, log_z, label_scale, softmax_scale)
-    assert result is logits
-    torch.testing.assert_close(logits.double(), expected, rtol=2**-8 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+    check_loss(ours, words, dtype, "cpu", 2**-8 if dtype == torch.bfloat16 else 1e-4)
 
 
 def test_statistics_of_logits_that_are_not_finite() -> None:

@@ -1,12 +1,10 @@
 """Triton's kernels for norms, activations and the loss, in its interpreter."""
 
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megatron.core.compilation import compile_layers
 from megatron.core.config import ComputeConfig, ModelConfig
@@ -16,7 +14,17 @@ from megatron.core.extensions import triton_elementwise as ours
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.parameters import initialize_parameters
 from megatron.core.transformer.norm import build_norm
-from tests.elementwise import check_add_norm, check_gated, check_loss, check_norm, draw
+from tests.elementwise import (
+    check_add_norm,
+    check_compiled,
+    check_gated,
+    check_loss,
+    check_norm,
+    check_one_gradient_alone,
+    check_recomputation,
+    check_strides,
+    draw,
+)
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif("cpu" not in ours.DEVICES, reason="Triton's interpreter is off, as there is a GPU")
@@ -104,13 +112,7 @@ def test_sum_and_norm_of_rows_that_registers_do_not_hold() -> None:
 
 @interpreted
 def test_one_gradient_alone() -> None:
-    residual, branch, weight = draw(3, 8).requires_grad_(), draw(3, 8, seed=1), draw(8, seed=2)
-    total, y = ours.add_rms_norm(residual, branch, weight, 1e-6)
-    (of_total,) = torch.autograd.grad(total.sum(), residual, retain_graph=True)
-    assert torch.equal(of_total, torch.ones(3, 8))
-    (of_norm,) = torch.autograd.grad(y.sum(), residual)
-    (expected,) = torch.autograd.grad(ours.rms_norm(residual + branch, weight, 1e-6).sum(), residual)
-    assert torch.equal(of_norm, expected)
+    check_one_gradient_alone(ours)
 
 
 @interpreted
@@ -130,15 +132,7 @@ def test_dropout_of_an_element_does_not_depend_on_another() -> None:
 
 @interpreted
 def test_operands_may_have_any_strides() -> None:
-    x = draw(6, 4, 2 * 10).transpose(0, 1)
-    weight = draw(20, 2)[:, 1]
-    assert torch.equal(ours.gated_activation(x, "gated-gelu"), ours.gated_activation(x.contiguous(), "gated-gelu"))
-    assert torch.equal(ours.rms_norm(x, weight, 1e-6), ours.rms_norm(x.contiguous(), weight.contiguous(), 1e-6))
-    wide = draw(5, 40)[:, ::2].requires_grad_()
-    ours.rms_norm(wide, weight, 1e-6).sum().backward()  # the gradient is an expanded scalar
-    copy = wide.detach().contiguous().requires_grad_()
-    ours.rms_norm(copy, weight, 1e-6).backward(torch.ones(5, 20))
-    assert torch.equal(wide.grad, copy.grad)
+    check_strides(ours)
 
 
 @interpreted
@@ -167,28 +161,15 @@ def block(residual: Tensor, branch: Tensor, weight: Tensor, wide: Tensor, narrow
     return same + ours.rms_norm(normed, weight, 1e-6)
 
 
-def block_results(function: Callable[..., Tensor], p: float) -> list[Tensor]:
-    torch.manual_seed(0)
-    inputs = draw(3, 16), draw(3, 16), draw(16), draw(16, 48, dtype=BRAIN), draw(24, 16, dtype=BRAIN)
-    inputs = tuple(tensor.requires_grad_() for tensor in inputs)
-    y = function(*inputs, p)
-    return [y, *torch.autograd.grad(y.sin().sum(), inputs)]
-
-
 @interpreted
 def test_recomputation_gives_equal_bits() -> None:
-    again = block_results(lambda *inputs: checkpoint(block, *inputs, use_reentrant=False), 0.3)
-    for actual, expected in zip(again, block_results(block, 0.3), strict=True):
-        assert torch.equal(actual, expected)
+    check_recomputation(block)
 
 
 @interpreted
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_compiled_graph_holds_the_operators(p: float) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
-    for actual, expected in zip(block_results(compiled, p), block_results(block, p), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+    check_compiled(block, p, "aot_eager")
 
 
 @interpreted
