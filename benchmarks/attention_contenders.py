@@ -150,10 +150,7 @@ def _flex(shape: Shape, device: torch.device) -> Attend:
     bias = BACKEND.prepare(ScoreBias(shape.length, shape.length, causal=shape.causal), shape.dtype, device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, diagonals: Tensor | None) -> Tensor:
-        padding = bias.prepared.query_length - shape.length
-        vector = None if diagonals is None else F.pad(diagonals, (padding, padding))
-        prepared = bias.prepared._replace(diagonals=vector)  # layers share the mask
-        return BACKEND.attend(query, key, value, bias._replace(prepared=prepared), options)
+        return BACKEND.attend(query, key, value, bias._replace(diagonals=diagonals), options)  # layers share the mask
 
     return attend
 
