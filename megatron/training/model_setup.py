@@ -74,13 +74,17 @@ def sharding_strategy(config: RunConfig) -> ShardingStrategy:
 
 
 def build_stages(
-    config: RunConfig, context: ParallelContext, plan: StagePlan | None, tensor_parallel: TensorParallel
+    config: RunConfig,
+    context: ParallelContext,
+    plan: StagePlan | None,
+    tensor_parallel: TensorParallel,
+    strategy: ShardingStrategy | None = None,
 ) -> tuple[list[T5Model], list[DataParallel]]:
     """The stages of this rank on the meta device, divided over tensor- and data-parallel ranks.
 
-    Without a pipeline there is one "stage", the whole model.
+    Without a pipeline there is one "stage", the whole model. `strategy` is that of `sharding_strategy` if not given.
     """
-    strategy = sharding_strategy(config)
+    strategy = strategy or sharding_strategy(config)
     z_loss_weight = config.optimizer.z_loss_weight
     stages: list[T5Model] = []
     with torch.device("meta"):
@@ -119,9 +123,10 @@ class DistributedModel:
     ) -> None:
         self.context = context
         self.plan = plan
-        check_backends(config, context, sharding_strategy(config))
+        strategy = sharding_strategy(config)
+        check_backends(config, context, strategy)
         self.tensor_parallel = TensorParallel.of(context, config.parallel)
-        self.stages, self.data_parallel = build_stages(config, context, plan, self.tensor_parallel)
+        self.stages, self.data_parallel = build_stages(config, context, plan, self.tensor_parallel, strategy)
         install_products(self.stages, config, context)
         for stage in self.stages:
             stage.to_empty(device=context.device)
@@ -143,7 +148,7 @@ class DistributedModel:
             parameters = [p.parameter for p in self.parameters]
             self.graphs = GraphedMicrobatches(self._microbatch, parameters, DeviceGraph(context.device))
         # Weights that FSDP2 releases after each use would have whole copies in FP8.
-        released = context.dp_size > 1 and sharding_strategy(config) == "optim_grads_params"
+        released = context.dp_size > 1 and strategy == "optim_grads_params"
         keeps = num_microbatches > 1 and not released and not config.compute.cuda_graphs
         self.fp8_weights = cached_products(self.stages) if keeps else []
         head = Units.of(config.model).head
