@@ -46,6 +46,7 @@ import torch
 
 from megatron.core.config import ComputeConfig, ModelConfig, ParallelConfig
 from megatron.core.extensions import cpu_attention
+from megatron.core.extensions.attention import attention_backend
 from megatron.core.models.T5.t5_model import recomputation_groups
 from megatron.core.models.T5.t5_units import Units
 from megatron.core.tensor_parallel.head_loss import chunk_rows
@@ -128,8 +129,11 @@ class T5Memory:
     @property
     def keeps_matrices(self) -> bool:
         """Whether attention takes all that is added to its scores as a matrix, and keeps that."""
-        takes_vectors = self.device_type == "cuda" and self.compute.attention_backend in ("auto", "triton", "flex")
-        if self.has_attention_operator or takes_vectors:
+        given = self.compute.attention_backend
+        if self.has_attention_operator:
+            return False
+        # With a bias or segments, `auto` is Triton's kernel on GPUs.
+        if self.device_type == "cuda" and attention_backend("triton" if given == "auto" else given).bias == "vector":
             return False
         return self.fused_attention or self.compute.recompute_granularity is not None
 
