@@ -13,9 +13,6 @@ from torch import Tensor
 
 from megatron.core.extensions import cpu_elementwise
 from megatron.core.extensions.elementwise import Implementations
-from megatron.core.extensions.torch_elementwise import activate
-
-__all__ = ["activate", "add_dropout", "dropout", "gated_activation"]
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

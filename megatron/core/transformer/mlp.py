@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from megatron.core.config import ComputeConfig, ModelConfig
 from megatron.core.errors import UserError
 from megatron.core.extensions.elementwise import choose_activation
+from megatron.core.extensions.torch_elementwise import activate
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
-from megatron.core.transformer.elementwise import activate, gated_activation
+from megatron.core.transformer.elementwise import gated_activation
 from megatron.core.transformer.initialization import matrix_init, residual_output_init
 from megatron.core.transformer.precision import residual_dtype
 
