@@ -225,7 +225,10 @@ def query_gradient_launch(
     target: Tensor,
     far_sums: Tensor | None,
 ) -> Launch:
-    """Of the gradient of queries, into `target` `[b, q, n, d]`; also writes `delta` and `far_sums` fp32 `[2, n, b tiles]`."""
+    """Of the gradient of queries, into `target` `[b, q, n, d]`.
+
+    Also writes `delta` fp32 `[b, n, q]`, which the other gradients need, and `far_sums` fp32 `[2, n, b tiles]`.
+    """
     from megatron.core.extensions.triton_attention_gradients import attention_query_gradient
 
     batch, heads, queries, keys, _ = problem.sizes
