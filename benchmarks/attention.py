@@ -36,35 +36,11 @@ from attention_contenders import CONTENDERS, Problem, Shape, errors, make_diagon
 from attention_table import markdown
 from attention_timing import Call, timed_call
 from attention_variants import measure_variants, shapes
-from report import cpu_model
+from report import Rows, cpu_model
 
 TOKENS, HEADS, ROUNDS = 16384, 12, 9
 PASSES = ("forward", "forward_backward")
 INPUT_SETS = 3
-
-
-class Rows:
-    """Prints rows and appends them to a file, one at a time, so that a run that is cut short leaves them.
-
-    Args:
-        output: The file, which is replaced; None for none.
-        setting: What all rows have in common.
-    """
-
-    def __init__(self, output: Path | None, setting: dict[str, Any]) -> None:
-        self.setting, self.rows = setting, []  # type: dict[str, Any], list[dict[str, Any]]
-        self.file = None
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            self.file = output.open("w")
-
-    def add(self, row: dict[str, Any]) -> None:
-        """One more."""
-        self.rows.append(row | self.setting)
-        line = json.dumps(self.rows[-1])
-        print(line, flush=True)
-        if self.file is not None:
-            print(line, file=self.file, flush=True)
 
 
 def cases(tiny: bool) -> list[Shape]:

@@ -17,7 +17,6 @@ kernel.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import Rows
 from torch import Tensor
 
 from megatron.core.config import ComputeConfig
@@ -225,6 +225,7 @@ def measure(arguments: argparse.Namespace) -> None:
     shapes, tokens = (TINY, 64) if arguments.tiny else (PRODUCTS, arguments.tokens)
     common = {"benchmark": "fp8_products", "torch": torch.__version__}
     common["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    published = Rows(arguments.output, common, append=True)
     for name, (inputs, outputs) in shapes.items():
         torch.compiler.reset()  # all contenders of a shape fit into what is kept of a function's compiled variants
         operands, functions = Operands.drawn(tokens, inputs, outputs, device), products(device)
@@ -236,12 +237,8 @@ def measure(arguments: argparse.Namespace) -> None:
         sums = accumulations(operands)
         rows += timed_rows("accumulation", sums, next(iter(sums)), flops, arguments.rounds, device)
         setting = {"product": name, "tokens": tokens, "inputs": inputs, "outputs": outputs}
-        lines = [json.dumps(setting | row | common) for row in rows]
-        print("\n".join(lines), flush=True)
-        if arguments.output is not None:
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
+        for row in rows:
+            published.add(setting | row)
 
 
 if __name__ == "__main__":

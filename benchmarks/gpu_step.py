@@ -32,7 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from report import machine
+from report import Rows, machine
 from step_contender import Case
 from step_processes import StepProcess, take_turns
 
@@ -365,17 +365,7 @@ def main() -> None:
         "benchmark": "gpu_step", "date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),
         "command": shlex.join(["python", "benchmarks/gpu_step.py", *sys.argv[1:]]),
     }  # fmt: skip
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-
-    def publish(row: dict[str, Any]) -> None:
-        line = json.dumps(row | setting)
-        print(line, flush=True)
-        if options.output is not None:
-            with options.output.open("a", encoding="utf-8") as file:
-                print(line, file=file)
-
-    rows = measure(options, publish)
+    rows = measure(options, Rows(options.output, setting, append=True).add)
     print("\n" + markdown(rows))
     if any(not row.get("losses_agree", True) for row in rows):
         sys.exit("error: losses differ; see the table")

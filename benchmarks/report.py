@@ -59,3 +59,33 @@ def publish(rows: Iterable[dict[str, Any]], output: Path | None, benchmark: str,
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("\n".join(lines) + "\n")
+
+
+class Rows:
+    """Prints rows and writes them to a file, one at a time, so that a run that is cut short leaves them.
+
+    Args:
+        output: The file; None for none.
+        setting: What all rows have in common.
+        append: Keep what the file has; otherwise it is replaced.
+
+    Attributes:
+        rows: Those so far.
+    """
+
+    def __init__(self, output: Path | None, setting: dict[str, Any], *, append: bool = False) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._setting, self._output = setting, output
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if not append:
+                output.write_text("")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One more."""
+        self.rows.append(row | self._setting)
+        line = json.dumps(self.rows[-1])
+        print(line, flush=True)
+        if self._output is not None:
+            with self._output.open("a", encoding="utf-8") as file:
+                print(line, file=file)
