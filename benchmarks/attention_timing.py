@@ -31,10 +31,11 @@ class Call(NamedTuple):
 
     def milliseconds(self) -> float:
         """Of one call, in a turn of `repeats` runs."""
-        return _elapsed_ms(self.run, self.repeats, self.device) / (self.repeats * self.calls)
+        return elapsed_ms(self.run, self.repeats, self.device) / (self.repeats * self.calls)
 
 
-def _elapsed_ms(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
+def elapsed_ms(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Milliseconds that so many runs, one after another, take the device."""
     if device.type != "cuda":
         began = time.perf_counter()
         for _ in range(repeats):
@@ -80,7 +81,7 @@ def timed_call(functions: Sequence[Callable[[], Any]], device: torch.device, *, 
     graph = graph and device.type == "cuda"
     replay = _captured(run) if graph else run
     if device.type == "cuda":
-        _elapsed_ms(replay, 1, device)
-    once = _elapsed_ms(replay, 1, device)
+        elapsed_ms(replay, 1, device)
+    once = elapsed_ms(replay, 1, device)
     repeats = max(1, round(TURN_MS / once)) if device.type == "cuda" else 1
     return Call(replay, len(functions), repeats, graph, device)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention_timing import elapsed_ms
 from report import Rows
 from torch import Tensor
 
@@ -151,7 +151,7 @@ def turns(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device
     times: dict[str, list[float]] = {name: [] for name in repeats}
     for _ in range(rounds):
         for name, count in repeats.items():
-            times[name].append(_milliseconds(runs[name], count, device))
+            times[name].append(elapsed_ms(runs[name], count, device) / count)
     return times
 
 
@@ -159,27 +159,11 @@ def _repeats(name: str, run: Callable[[], None], device: torch.device) -> int:
     """How many runs a turn takes, after warming up; 0: it cannot run, which costs no other its row."""
     try:
         for _ in range(2):  # the first compiles
-            once = _milliseconds(run, 1, device)
+            once = elapsed_ms(run, 1, device)
     except Exception as error:
         print(f"{name} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
         return 0
     return max(1, round(TURN_MS / once)) if device.type == "cuda" else 1
-
-
-def _milliseconds(run: Callable[[], None], repeats: int, device: torch.device) -> float:
-    if device.type != "cuda":
-        began = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        return 1e3 * (time.perf_counter() - began) / repeats
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / repeats
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
